@@ -120,6 +120,17 @@ class ArchPlan:
     ptx: str | None  # and PTX of this one
     sm90a: bool  # whether the sm_90a-only kernels are built
 
+    def names(self) -> list[str]:
+        """Everything there is code for, such as ["8.0", "9.0", "9.0a", "12.0", "12.0+PTX"]."""
+        names = []
+        for arch in self.portable:
+            names.append(arch)
+            if arch == "9.0" and self.sm90a:
+                names.append("9.0a")
+            if arch == self.ptx:
+                names.append(arch + "+PTX")
+        return names
+
     def gencode(self, group: str) -> list[str]:
         """nvcc flags of one group of sources.json: "portable" or "sm90a"."""
         if group == "sm90a":
@@ -243,11 +254,7 @@ def build_info(plan: ArchPlan | None, toolkit: Toolkit | None, torch_version: st
         return {"cuda_extension": False, "reason": reason}
     return {
         "cuda_extension": True,
-        "archs": {
-            "portable": list(plan.portable),
-            "ptx": plan.ptx,
-            "sm90a": plan.sm90a,
-        },
+        "archs": plan.names(),
         "nvcc": toolkit.version_string,
         "torch": torch_version,
     }
