@@ -1,0 +1,219 @@
+"""The CUDA extension: loads ``tq4/_C*.so`` when first needed and calls torch.ops.tq4_cuda.
+
+The library is never loaded on a CPU-only torch: it refers to a symbol of libtorch_cuda.so.  A failure to load is
+remembered as a reason, never raised on import.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_MIN_MAJOR = 8
+
+
+@lru_cache(maxsize=1)
+def build_info() -> dict[str, Any]:
+    """What the build recorded in ``_build_info.json`` ("archs", "nvcc", ...); empty when unknown."""
+    try:
+        info = json.loads((_PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def built_archs() -> tuple[str, ...]:
+    """Architectures the extension was compiled for, such as ("8.0", "9.0a", "12.0+PTX"); empty when unknown."""
+    archs = build_info().get("archs", ())
+    return tuple(str(arch) for arch in archs) if isinstance(archs, (list, tuple)) else ()
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[bool, str]:
+    """Load the extension once.
+
+    Returns:
+        (True, path of the library) or (False, why not).
+    """
+    libraries = sorted([*_PACKAGE.glob("_C*.so"), *_PACKAGE.glob("_C*.pyd")])
+    if not libraries:
+        return False, (
+            "the CUDA extension is not built into this installation (no tq4/_C*.so); install again on a machine with "
+            "nvcc >= 12.8, and TQ4_BUILD_CUDA=1 to make a missing nvcc an error"
+        )
+    if torch.version.cuda is None:
+        return False, f"this torch ({torch.__version__}) is built without CUDA"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return False, f"{libraries[0].name} does not load: {error}"
+    return True, str(libraries[0])
+
+
+def covers(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether code built for ``archs`` runs on a GPU of this compute capability.
+
+    A cubin runs on its own major version at its own or a later minor one; an ``a`` cubin only on exactly its own;
+    PTX on anything later.
+    """
+    for arch in archs:
+        text = arch.removesuffix("+PTX")
+        exact = text[-1:].isalpha()
+        try:
+            major, minor = (int(part) for part in text.rstrip("abcdefghijklmnopqrstuvwxyz").split("."))
+        except ValueError:
+            continue
+        if (major, minor) == capability:
+            return True
+        if not exact and major == capability[0] and minor <= capability[1]:
+            return True
+        if not exact and arch.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
+
+
+def availability(device: torch.device) -> tuple[bool, str]:
+    """Whether this backend can serve tensors of ``device``, and why (not)."""
+    if device.type != "cuda":
+        return False, f"the CUDA extension needs CUDA tensors, not {device.type}"
+    ok, reason = load()
+    if not ok:
+        return False, reason
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{capability[0]}.{capability[1]}"
+    if capability[0] < _MIN_MAJOR:
+        return False, f"compute capability {name} is below {_MIN_MAJOR}.0"
+    archs = built_archs()
+    if archs and not covers(archs, capability):
+        return False, f"built for {', '.join(archs)}, which does not include this GPU's {name}"
+    return True, f"compute capability {name}, built for {', '.join(archs) if archs else 'unrecorded architectures'}"
+
+
+def _vectorised(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a packed copy where its rows do not start at multiples of 16 bytes.
+
+    The kernels read and write rows with 16-byte instructions; views at odd offsets are rare enough to copy.
+    """
+    step = 16 // tensor.element_size()
+    if tensor.data_ptr() % 16 == 0 and all(s % step == 0 for s in tensor.stride()[:-1]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_rotation: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    k_boundaries: torch.Tensor,
+    v_centroids: torch.Tensor,
+    v_boundaries: torch.Tensor,
+    norm_correction: bool = False,
+    path: int = 0,
+) -> None:
+    """torch.ops.tq4.store by the extension."""
+    del path  # one store kernel serves every architecture
+    torch.ops.tq4_cuda.store(
+        _vectorised(key),
+        _vectorised(value),
+        cache,
+        slot_mapping,
+        k_rotation,
+        v_rotation,
+        k_centroids,
+        k_boundaries,
+        v_centroids,
+        v_boundaries,
+        norm_correction,
+    )
+
+
+def gather(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out_start_loc: torch.Tensor,
+    k_rotation: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    v_centroids: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    path: int = 0,
+) -> None:
+    """torch.ops.tq4.gather by the extension."""
+    del path
+    fast_key, fast_value = _vectorised(key), _vectorised(value)
+    torch.ops.tq4_cuda.gather(
+        cache,
+        block_table,
+        seq_lens,
+        out_start_loc,
+        k_rotation,
+        v_rotation,
+        k_centroids,
+        v_centroids,
+        fast_key,
+        fast_value,
+    )
+    if fast_key is not key:
+        key.copy_(fast_key)
+    if fast_value is not value:
+        value.copy_(fast_value)
+
+
+def compress(
+    x: torch.Tensor,
+    rotation: torch.Tensor | None,
+    centroids: torch.Tensor,
+    boundaries: torch.Tensor,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    norm_correction: bool = False,
+    path: int = 0,
+) -> None:
+    """torch.ops.tq4.compress by the extension."""
+    del path
+    torch.ops.tq4_cuda.compress(_vectorised(x), rotation, centroids, boundaries, packed, norms, norm_correction)
+
+
+def decompress(
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    rotation: torch.Tensor | None,
+    centroids: torch.Tensor,
+    out: torch.Tensor,
+    path: int = 0,
+) -> None:
+    """torch.ops.tq4.decompress by the extension."""
+    del path
+    fast_packed, fast_out = _vectorised(packed), _vectorised(out)
+    torch.ops.tq4_cuda.decompress(fast_packed, norms, rotation, centroids, fast_out)
+    if fast_out is not out:
+        out.copy_(fast_out)
+
+
+def prefill(q: torch.Tensor, out: torch.Tensor, **arguments: Any) -> None:
+    """torch.ops.tq4.prefill by the extension; ``path=1`` restricts it to the portable kernels."""
+    fast_out = _vectorised(out)
+    torch.ops.tq4_cuda.prefill(q=_vectorised(q), out=fast_out, **arguments)
+    if fast_out is not out:
+        out.copy_(fast_out)
+
+
+def decode(q: torch.Tensor, out: torch.Tensor, **arguments: Any) -> None:
+    """torch.ops.tq4.decode by the extension; ``path=1`` restricts it to the portable kernels."""
+    fast_out = _vectorised(out)
+    torch.ops.tq4_cuda.decode(q=_vectorised(q), out=fast_out, **arguments)
+    if fast_out is not out:
+        out.copy_(fast_out)
