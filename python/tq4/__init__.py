@@ -1,7 +1,7 @@
 """TQ4: attention over a 4-bit TurboQuant key/value cache.
 
-store -> prefill / decode over compressed pages, gather back, and the unpaged pair compress / decompress, by CUDA
-kernels, Triton kernels or plain torch.
+store -> prefill / decode over compressed pages, gather back, and the unpaged pair compress / decompress, by
+CUDA kernels, Triton kernels or plain torch.
 """
 
 from . import ops  # noqa: F401  (registers torch.ops.tq4)

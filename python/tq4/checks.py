@@ -1,16 +1,18 @@
 """Validation of op arguments, before anything is launched or written.
 
-One function for each op, called by the op itself, so that callers of ``torch.ops.tq4`` get it too.  Each raises a
-TypeError (wrong dtype) or a ValueError (anything else) that names the argument, what was expected and what came.
+One function for each op, called by the op itself, so that callers of ``torch.ops.tq4`` get it too.  Each
+raises a TypeError (wrong dtype) or a ValueError (anything else) that names the argument, what was expected
+and what came.
 
-The checks look at metadata only (dtype, shape, strides, device): no tensor operation, no synchronisation, a few
-microseconds.  Contents (block_table, slot_mapping, lengths) are checked as well where that is free, on CPU tensors,
-and on CUDA tensors with ``TQ4_DEBUG=1``, which synchronises.
+The checks look at metadata only (dtype, shape, strides, device): no tensor operation, no synchronisation, a
+few microseconds.  Contents (block_table, slot_mapping, lengths) are checked as well where that is free, on
+CPU tensors, and on CUDA tensors with ``TQ4_DEBUG=1``, which synchronises.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -231,7 +233,8 @@ def check_attention(
     if query_start_loc is None:
         if tokens != seqs:
             raise ValueError(
-                f"q: expected one token for each of the {seqs} sequences (query_start_loc is None), got {tokens}"
+                f"q: expected one token for each of the {seqs} sequences (query_start_loc is None), got "
+                f"{tokens}"
             )
     else:
         _starts("query_start_loc", query_start_loc, seqs)
@@ -284,7 +287,7 @@ def check_attention(
         if query_start_loc is not None:
             starts = query_start_loc.tolist()
             _monotonic("query_start_loc", starts, tokens, "tokens of q")
-            longest = max(b - a for a, b in zip(starts, starts[1:], strict=False))
+            longest = max(b - a for a, b in pairwise(starts))
             if 0 <= max_query_len < longest:
                 raise ValueError(
                     f"max_query_len: expected at least {longest}, the longest query of query_start_loc, got "
@@ -345,12 +348,16 @@ def _writable_rows(name: str, tensor: torch.Tensor) -> None:
     """[N, H, D] whose rows do not overlap (an expanded tensor cannot be written)."""
     _last_contiguous(name, tensor)
     rows = sorted(
-        (stride, size) for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1
+        (stride, size)
+        for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+        if size > 1
     )
     extent = tensor.shape[-1]
     for stride, size in rows:
         if stride < extent:
-            raise ValueError(f"{name}: expected rows that do not overlap, got strides {list(tensor.stride())}")
+            raise ValueError(
+                f"{name}: expected rows that do not overlap, got strides {list(tensor.stride())}"
+            )
         extent = stride * size
 
 
@@ -358,7 +365,9 @@ def _vectors(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -
     """[N, H, D] with a supported D and a contiguous last dimension; returns the sizes."""
     _dtype(name, tensor, dtypes)
     if tensor.dim() != 3:
-        raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, head_dim], got shape {list(tensor.shape)}")
+        raise ValueError(
+            f"{name}: expected 3 dimensions [tokens, heads, head_dim], got shape {list(tensor.shape)}"
+        )
     tokens, heads, dim = tensor.shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"{name}: expected a head_dim of {', '.join(map(str, HEAD_DIMS))}, got {dim}")
@@ -373,8 +382,7 @@ def _cache(cache: torch.Tensor, num_kv_heads: int, head_dim: int) -> PageView:
     view = page_view(cache, num_kv_heads, head_dim)
     if cache.data_ptr() % ALIGNMENT:
         raise ValueError(
-            f"cache: expected memory aligned to {ALIGNMENT} bytes, got an address that is {cache.data_ptr() % ALIGNMENT} "
-            "past a multiple"
+            f"cache: expected memory aligned to {ALIGNMENT} bytes, got the address {cache.data_ptr():#x}"
         )
     return view
 
@@ -433,7 +441,9 @@ def _packed_pair(packed: torch.Tensor, norms: torch.Tensor, shape: tuple[int, in
 def _devices(device: torch.device, reference_name: str, **tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected device {device} (that of {reference_name}), got {tensor.device}")
+            raise ValueError(
+                f"{name}: expected device {device} (that of {reference_name}), got {tensor.device}"
+            )
 
 
 def _positive(name: str, number: float) -> None:
@@ -447,7 +457,7 @@ def _positive(name: str, number: float) -> None:
 def _monotonic(name: str, starts: list[int], limit: int, of: str) -> None:
     if starts[0] != 0:
         raise ValueError(f"{name}: expected to start with 0, got {starts[0]}")
-    for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(starts)):
         if b < a:
             raise ValueError(f"{name}: expected non-decreasing entries, got {a} then {b} at index {i + 1}")
     if starts[-1] > limit:
@@ -460,8 +470,8 @@ def _lengths(block_table: torch.Tensor, seq_lens: torch.Tensor, view: PageView) 
     for i, length in enumerate(lengths):
         if not 0 <= length <= columns * view.block_size:
             raise ValueError(
-                f"seq_lens: expected 0 .. {columns * view.block_size} ({columns} blocks of {view.block_size} in "
-                f"block_table), got {length} for sequence {i}"
+                f"seq_lens: expected 0 .. {columns * view.block_size} ({columns} blocks of {view.block_size} "
+                f"in block_table), got {length} for sequence {i}"
             )
     pages = (seq_lens + (view.block_size - 1)) // view.block_size
     used = torch.arange(columns, device=block_table.device) < pages[:, None]
@@ -469,8 +479,8 @@ def _lengths(block_table: torch.Tensor, seq_lens: torch.Tensor, view: PageView) 
     if bad.shape[0]:
         seq, column = bad[0].tolist()
         raise ValueError(
-            f"block_table: expected blocks 0 .. {view.num_blocks - 1}, got {int(block_table[seq, column])} at "
-            f"[{seq}, {column}]"
+            f"block_table: expected blocks 0 .. {view.num_blocks - 1}, got "
+            f"{int(block_table[seq, column])} at [{seq}, {column}]"
         )
     return lengths
 
@@ -481,9 +491,12 @@ def _slots(slot_mapping: torch.Tensor, view: PageView) -> None:
     if bad.shape[0]:
         index = int(bad[0, 0])
         raise ValueError(
-            f"slot_mapping: expected -1 (skip) or a slot 0 .. {limit - 1}, got {int(slot_mapping[index])} at index {index}"
+            f"slot_mapping: expected -1 (skip) or a slot 0 .. {limit - 1}, got {int(slot_mapping[index])} at "
+            f"index {index}"
         )
     kept = slot_mapping[slot_mapping >= 0].sort().values
     same = (kept[1:] == kept[:-1]).nonzero()
     if same.shape[0]:
-        raise ValueError(f"slot_mapping: expected distinct slots, got slot {int(kept[int(same[0, 0])])} twice")
+        raise ValueError(
+            f"slot_mapping: expected distinct slots, got slot {int(kept[int(same[0, 0])])} twice"
+        )

@@ -1,7 +1,7 @@
 """Codebooks: Lloyd-Max centroids, decision boundaries, and int8 codes for the INT8 recipe.
 
-A rotated unit vector's coordinates are nearly N(0, 1/D) for D >= 64 (TurboQuant, arXiv 2504.19874, section 3.1);
-for smaller D the exact density of a coordinate of a point on the unit sphere, proportional to
+A rotated unit vector's coordinates are nearly N(0, 1/D) for D >= 64 (TurboQuant, arXiv 2504.19874, section
+3.1); for smaller D the exact density of a coordinate of a point on the unit sphere, proportional to
 ``(1 - x^2)^((D - 3) / 2)``, is used.  The 16 centroids minimise the mean squared error under that density.
 
 Everything here is computed once on the host in float64 with the standard library and cached; nothing needs
@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from .layout import NUM_CENTROIDS
 
@@ -120,8 +121,8 @@ def _density(head_dim: int) -> _Gaussian | _Sphere:
 def centroids(head_dim: int) -> tuple[float, ...]:
     """The 16 Lloyd-Max centroids for one coordinate of a rotated unit vector, ascending and symmetric.
 
-    Lloyd's iteration in float64 on the positive half (each centroid is the mean of its cell, each boundary the
-    midpoint of its neighbours) until nothing moves; symmetry is then exact by construction.
+    Lloyd's iteration in float64 on the positive half (each centroid is the mean of its cell, each boundary
+    the midpoint of its neighbours) until nothing moves; symmetry is then exact by construction.
 
     Args:
         head_dim: D, even, at least 4.
@@ -134,8 +135,8 @@ def centroids(head_dim: int) -> tuple[float, ...]:
     points = [density.sigma * 3.0 * (i + 0.5) / half for i in range(half)]
     tolerance = 1e-15 * density.sigma
     for _ in range(_MAX_ITERATIONS):
-        edges = [0.0, *((a + b) / 2.0 for a, b in zip(points, points[1:], strict=False)), density.upper]
-        means = [density.moment(a, b) / density.mass(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        edges = [0.0, *((a + b) / 2.0 for a, b in pairwise(points)), density.upper]
+        means = [density.moment(a, b) / density.mass(a, b) for a, b in pairwise(edges)]
         shift = max(abs(a - b) for a, b in zip(points, means, strict=True))
         points = means
         if shift < tolerance:
@@ -149,7 +150,7 @@ def boundaries(values: Sequence[float]) -> tuple[float, ...]:
     Args:
         values: 16 ascending centroids.
     """
-    return tuple((a + b) / 2.0 for a, b in zip(values, values[1:], strict=False))
+    return tuple((a + b) / 2.0 for a, b in pairwise(values))
 
 
 def cell_probabilities(values: Sequence[float], head_dim: int) -> tuple[float, ...]:
@@ -170,17 +171,17 @@ def cell_probabilities(values: Sequence[float], head_dim: int) -> tuple[float, .
             return 1.0
         return 0.5 + math.copysign(density.mass(0.0, abs(x)), x)
 
-    return tuple(max(below(b) - below(a), 0.0) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(max(below(b) - below(a), 0.0) for a, b in pairwise(edges))
 
 
 @lru_cache(maxsize=64)
 def int8_codes(values: tuple[float, ...], head_dim: int) -> Int8Codes:
     """int8 codes and their scale for 16 centroids (spec: the INT8 recipe, keys).
 
-    For each of about 1000 trial scales the centroids are rounded to integers and the scale is refitted by least
-    squares under the cell probabilities; the codes with the smallest error win.  The Gaussian codebook gets
-    +-{5, 15, 25, 36, 48, 62, 79, 104} with a relative rms error of 0.32 %, where scaling the largest centroid to
-    127 has 0.57 %.
+    For each of about 1000 trial scales the centroids are rounded to integers and the scale is refitted by
+    least squares under the cell probabilities; the codes with the smallest error win.  The Gaussian codebook
+    gets +-{5, 15, 25, 36, 48, 62, 79, 104} with a relative rms error of 0.32 %, where scaling the largest
+    centroid to 127 has 0.57 %.
 
     Args:
         values: 16 finite, ascending centroids, not all zero.

@@ -1,11 +1,11 @@
 """Which backend runs an op.
 
-Order of precedence: the ``backend`` argument of a call, the innermost :func:`backend` context, :func:`set_backend`,
-the environment variable ``TQ4_BACKEND``, automatic.  An explicit request that cannot be met raises and says why; it
-never falls back.
+Order of precedence: the ``backend`` argument of a call, the innermost :func:`backend` context,
+:func:`set_backend`, the environment variable ``TQ4_BACKEND``, automatic.  An explicit request that cannot be
+met raises and says why; it never falls back.
 
-Automatic means: CPU tensors use ``reference``; CUDA tensors use ``cuda`` if the extension is loaded and has code for
-this GPU, else ``triton``, else ``reference``.
+Automatic means: CPU tensors use ``reference``; CUDA tensors use ``cuda`` if the extension is loaded and has
+code for this GPU, else ``triton``, else ``reference``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -82,7 +82,7 @@ def get_backend() -> str:
 
 
 def available_backends() -> dict[str, tuple[bool, str]]:
-    """For each backend, whether it can run here (on the current CUDA device if there is one), and why (not)."""
+    """For each backend, whether it can run here (on the current CUDA device, if any), and why (not)."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     return {name: availability(name, device) for name in BACKENDS if name != "auto"}
 
@@ -166,7 +166,7 @@ def _automatic(device: torch.device) -> int:
     return REFERENCE
 
 
-@lru_cache(maxsize=None)
+@cache
 def _availability(number: int, device: torch.device, interpret: str) -> tuple[bool, str]:
     if number == REFERENCE:
         return True, "plain torch, any device"

@@ -24,7 +24,7 @@ Two page layouts exist; which one a cache tensor has is told by its rank.
 ``head_major`` (rank 4, ``[num_blocks, Hkv, block_size, D + 8]``), ``block_size * (D + 8)`` contiguous
 bytes for one (block, head), codes first so that they stay aligned, norms after::
 
-    | K codes: block_size * D/2 | V codes: block_size * D/2 | K norms: block_size * 4 | V norms: block_size * 4 |
+    | K codes: block_size * D/2 | V codes: block_size * D/2 | K norms: block_size * 4 | V norms: same |
 
 In ``head_major`` a token's bytes are therefore NOT the ``D + 8`` bytes of one row of the tensor: the last
 two dimensions only say how many bytes a (block, head) owns.
@@ -215,8 +215,8 @@ def page_view(cache: StridedTensor, num_kv_heads: int, head_dim: int) -> PageVie
         used = token_bytes(num_kv_heads, head_dim)
         if row_bytes < used:
             raise ValueError(
-                f"cache: expected a last dimension of at least num_kv_heads * (head_dim + 8) = {used} bytes for "
-                f"{num_kv_heads} KV heads of dimension {head_dim}, got {row_bytes}"
+                f"cache: expected a last dimension of at least num_kv_heads * (head_dim + 8) = {used} "
+                f"bytes for {num_kv_heads} KV heads of dimension {head_dim}, got {row_bytes}"
             )
         inner = cache.stride(1)
         if cache.stride(2) != 1:
@@ -230,8 +230,8 @@ def page_view(cache: StridedTensor, num_kv_heads: int, head_dim: int) -> PageVie
         vector = vector_bytes(head_dim)
         if cache.size(1) != num_kv_heads or cache.size(3) != vector:
             raise ValueError(
-                f"cache: expected shape [num_blocks, {num_kv_heads}, block_size, {vector}] for {num_kv_heads} KV "
-                f"heads of dimension {head_dim}, got {[cache.size(i) for i in range(4)]}"
+                f"cache: expected shape [num_blocks, {num_kv_heads}, block_size, {vector}] for "
+                f"{num_kv_heads} KV heads of dimension {head_dim}, got {[cache.size(i) for i in range(4)]}"
             )
         if cache.stride(3) != 1 or cache.stride(2) != vector:
             raise ValueError(
@@ -245,17 +245,19 @@ def page_view(cache: StridedTensor, num_kv_heads: int, head_dim: int) -> PageVie
         extent = num_kv_heads * inner
         fields = _head_major_fields(num_kv_heads, block_size, code_bytes(head_dim), inner)
     if block_size <= 0 or block_size % BLOCK_SIZE_MULTIPLE:
-        raise ValueError(f"cache: expected a block_size that is a multiple of {BLOCK_SIZE_MULTIPLE}, got {block_size}")
+        raise ValueError(
+            f"cache: expected a block_size that is a multiple of {BLOCK_SIZE_MULTIPLE}, got {block_size}"
+        )
     block_stride = cache.stride(0) if num_blocks > 1 else extent
     if inner % ALIGNMENT or block_stride % ALIGNMENT:
         raise ValueError(
-            f"cache: expected strides that are multiples of {ALIGNMENT} bytes, got stride(0) = {block_stride}, "
-            f"stride(1) = {inner}"
+            f"cache: expected strides that are multiples of {ALIGNMENT} bytes, got stride(0) = "
+            f"{block_stride}, stride(1) = {inner}"
         )
     if extent > _INT32_MAX or num_blocks > _INT32_MAX:
         raise ValueError(
-            f"cache: expected one block to span less than 2**31 bytes and fewer than 2**31 blocks, got {extent} "
-            f"bytes and {num_blocks} blocks"
+            "cache: expected one block to span less than 2**31 bytes and fewer than 2**31 blocks, got "
+            f"{extent} bytes and {num_blocks} blocks"
         )
     return PageView(
         block_stride=block_stride,

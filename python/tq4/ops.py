@@ -1,11 +1,11 @@
 """The ops: schemas, fakes and kernels of ``torch.ops.tq4`` and the schemas of ``torch.ops.tq4_cuda``.
 
-Schemas are defined here rather than in C++, so that the ops exist (and compile, and fail with a clear message) on a
-machine without the extension.  The C++ library only registers implementations in ``tq4_cuda``.
+Schemas are defined here rather than in C++, so that the ops exist (and compile, and fail with a clear
+message) on a machine without the extension.  The C++ library only registers implementations in ``tq4_cuda``.
 
-All ops write into their mutable arguments, marked ``(a!)``, and return nothing.  ``backend`` is 0 automatic, 1 cuda,
-2 cuda-sm80 (the extension restricted to its portable kernels), 3 triton, 4 reference; see :mod:`tq4.dispatch`.
-Each call is validated by :mod:`tq4.checks`, then handed to the module of the backend.
+All ops write into their mutable arguments, marked ``(a!)``, and return nothing.  ``backend`` is 0 automatic,
+1 cuda, 2 cuda-sm80 (the extension restricted to its portable kernels), 3 triton, 4 reference; see
+:mod:`tq4.dispatch`. Each call is validated by :mod:`tq4.checks`, then handed to the module of the backend.
 
 Symbols: T tokens, B sequences, Hq query heads, Hkv KV heads, D head_dim.
 """
@@ -22,15 +22,17 @@ _ATTENTION = (
     "Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, {query_start_loc}, Tensor? q_rotation, "
     "Tensor? out_rotation, Tensor k_centroids, Tensor k_codes, float k_code_scale, Tensor v_centroids, "
     "Tensor(a!) out, Tensor(b!)? lse, Tensor? sinks, int num_kv_heads, float sm_scale, bool causal=True, "
-    "int window_left=-1, int window_right=-1, float softcap=0.0, int max_query_len={max_query_len}, bool int8=True"
+    "int window_left=-1, int window_right=-1, float softcap=0.0, int max_query_len={max_query_len}, "
+    "bool int8=True"
 )
 
 #: Arguments of each op, without the trailing ``backend`` (tq4) or ``path`` (tq4_cuda).
 SCHEMAS = {
     # key, value [T, Hkv, D]; slot_mapping int64 [T]; rotations fp32 [D, D] or None (already rotated).
     "store": (
-        "Tensor key, Tensor value, Tensor(a!) cache, Tensor slot_mapping, Tensor? k_rotation, Tensor? v_rotation, "
-        "Tensor k_centroids, Tensor k_boundaries, Tensor v_centroids, Tensor v_boundaries, bool norm_correction=False"
+        "Tensor key, Tensor value, Tensor(a!) cache, Tensor slot_mapping, Tensor? k_rotation, "
+        "Tensor? v_rotation, Tensor k_centroids, Tensor k_boundaries, Tensor v_centroids, "
+        "Tensor v_boundaries, bool norm_correction=False"
     ),
     # key, value [total, Hkv, D]; sequence s is written to rows out_start_loc[s] ...
     "gather": (
@@ -39,8 +41,8 @@ SCHEMAS = {
     ),
     # x [N, H, D]; packed uint8 [N, H, D / 2]; norms fp32 [N, H, 1].
     "compress": (
-        "Tensor x, Tensor? rotation, Tensor centroids, Tensor boundaries, Tensor(a!) packed, Tensor(b!) norms, "
-        "bool norm_correction=False"
+        "Tensor x, Tensor? rotation, Tensor centroids, Tensor boundaries, Tensor(a!) packed, "
+        "Tensor(b!) norms, bool norm_correction=False"
     ),
     "decompress": "Tensor packed, Tensor norms, Tensor? rotation, Tensor centroids, Tensor(a!) out",
     # q, out [T, Hq, D]; lse fp32 [Hq, T]; query_start_loc int32 [B + 1].

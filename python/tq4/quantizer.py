@@ -1,9 +1,10 @@
-"""The quantiser: rotation, codebooks and int8 codes of one head dimension, prepared once as device tensors."""
+"""The quantiser: rotations, codebooks and int8 codes of one head dimension, made once as device tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -22,12 +23,13 @@ class Quantizer:
 
     Args:
         head_dim: D, one of 64, 96, 128, 256.
-        rotation: of K (and q): "hadamard" (Haar where D is not a power of two), "haar" (with seed 42 the matrix of
-            the turboquant-vllm package), None (keys and queries come already rotated), or an orthogonal fp32 [D, D].
+        rotation: of K (and q): "hadamard" (Haar where D is not a power of two), "haar" (with seed 42 the
+            matrix of the turboquant-vllm package), None (keys and queries come already rotated), or an
+            orthogonal fp32 [D, D].
         v_rotation: of V (and the output); the same choices; default: the rotation of K.
         seed: of the rotations.
-        k_centroids, v_centroids: 16 finite, strictly ascending values in units of a unit vector's coordinates; default:
-            Lloyd-Max (:mod:`tq4.codebook`).
+        k_centroids, v_centroids: 16 finite, strictly ascending values in units of a unit vector's
+            coordinates; default: Lloyd-Max (:mod:`tq4.codebook`).
         norm_correction: store norms that give decoded vectors the norm of the originals.
         device: where the tensors live; default: the CPU.
 
@@ -102,8 +104,8 @@ class Quantizer:
 
     def __repr__(self) -> str:
         return (
-            f"Quantizer(head_dim={self.head_dim}, k_rotation={'yes' if self.k_rotation is not None else None}, "
-            f"v_rotation={'yes' if self.v_rotation is not None else None}, norm_correction={self.norm_correction}, "
+            f"Quantizer(head_dim={self.head_dim}, rotates_k={self.k_rotation is not None}, "
+            f"rotates_v={self.v_rotation is not None}, norm_correction={self.norm_correction}, "
             f"device={self.device})"
         )
 
@@ -132,10 +134,14 @@ def _rotation_tensor(name: str, rotation: Rotation, head_dim: int, seed: int) ->
 def _centroid_values(name: str, values: Centroids, head_dim: int) -> tuple[float, ...]:
     if values is None:
         return codebook.centroids(head_dim)
-    numbers = values.detach().to("cpu", torch.float64).tolist() if isinstance(values, torch.Tensor) else list(values)
+    numbers = (
+        values.detach().to("cpu", torch.float64).tolist()
+        if isinstance(values, torch.Tensor)
+        else list(values)
+    )
     if len(numbers) != NUM_CENTROIDS:
         raise ValueError(f"{name}: expected {NUM_CENTROIDS} values, got {len(numbers)}")
     numbers = [float(number) for number in numbers]
-    if not all(map(math.isfinite, numbers)) or any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
+    if not all(map(math.isfinite, numbers)) or any(b <= a for a, b in pairwise(numbers)):
         raise ValueError(f"{name}: expected finite, strictly ascending values, got {numbers}")
     return tuple(numbers)

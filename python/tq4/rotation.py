@@ -1,7 +1,7 @@
 """Rotations: fixed orthogonal matrices [D, D] that spread a vector's energy evenly over its coordinates.
 
-A row vector x is rotated by ``x @ R.T`` and rotated back by ``y @ R``.  Both constructions depend on nothing but
-``head_dim`` and ``seed``, run on the CPU in fp32, and ignore torch's default device and dtype.
+A row vector x is rotated by ``x @ R.T`` and rotated back by ``y @ R``.  Both constructions depend on nothing
+but ``head_dim`` and ``seed``, run on the CPU in fp32, and ignore torch's default device and dtype.
 """
 
 from __future__ import annotations

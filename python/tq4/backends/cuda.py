@@ -1,7 +1,7 @@
 """The CUDA extension: loads ``tq4/_C*.so`` when first needed and calls torch.ops.tq4_cuda.
 
-The library is never loaded on a CPU-only torch: it refers to a symbol of libtorch_cuda.so.  A failure to load is
-remembered as a reason, never raised on import.
+The library is never loaded on a CPU-only torch: it refers to a symbol of libtorch_cuda.so.  A failure to load
+is remembered as a reason, never raised on import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MIN_MAJOR = 8
 
 @lru_cache(maxsize=1)
 def build_info() -> dict[str, Any]:
-    """What the build recorded in ``_build_info.json`` ("archs", "nvcc", ...); empty when unknown."""
+    """What the build recorded in ``_build_info.json`` ("archs", "nvcc", "reason", ...); empty when unknown."""
     try:
         info = json.loads((_PACKAGE / "_build_info.json").read_text())
     except (OSError, ValueError):
@@ -28,7 +28,7 @@ def build_info() -> dict[str, Any]:
 
 
 def built_archs() -> tuple[str, ...]:
-    """Architectures the extension was compiled for, such as ("8.0", "9.0a", "12.0+PTX"); empty when unknown."""
+    """Architectures the extension was compiled for, such as ("8.0", "9.0a"); empty when unknown."""
     archs = build_info().get("archs", ())
     return tuple(str(arch) for arch in archs) if isinstance(archs, (list, tuple)) else ()
 
@@ -42,9 +42,10 @@ def load() -> tuple[bool, str]:
     """
     libraries = sorted([*_PACKAGE.glob("_C*.so"), *_PACKAGE.glob("_C*.pyd")])
     if not libraries:
+        reason = build_info().get("reason") or "no tq4/_C*.so"
         return False, (
-            "the CUDA extension is not built into this installation (no tq4/_C*.so); install again on a machine with "
-            "nvcc >= 12.8, and TQ4_BUILD_CUDA=1 to make a missing nvcc an error"
+            f"this installation has no CUDA extension ({reason}); install again where nvcc >= 12.8 is, with "
+            "TQ4_BUILD_CUDA=1 to make a missing nvcc an error"
         )
     if torch.version.cuda is None:
         return False, f"this torch ({torch.__version__}) is built without CUDA"
@@ -60,8 +61,8 @@ def load() -> tuple[bool, str]:
 def covers(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether code built for ``archs`` runs on a GPU of this compute capability.
 
-    A cubin runs on its own major version at its own or a later minor one; an ``a`` cubin only on exactly its own;
-    PTX on anything later.
+    A cubin runs on its own major version at its own or a later minor one; an ``a`` cubin only on exactly its
+    own; PTX on anything later.
     """
     for arch in archs:
         text = arch.removesuffix("+PTX")
@@ -93,7 +94,10 @@ def availability(device: torch.device) -> tuple[bool, str]:
     archs = built_archs()
     if archs and not covers(archs, capability):
         return False, f"built for {', '.join(archs)}, which does not include this GPU's {name}"
-    return True, f"compute capability {name}, built for {', '.join(archs) if archs else 'unrecorded architectures'}"
+    return (
+        True,
+        f"compute capability {name}, built for {', '.join(archs) if archs else 'unrecorded architectures'}",
+    )
 
 
 def _vectorised(tensor: torch.Tensor) -> torch.Tensor:
@@ -184,7 +188,9 @@ def compress(
 ) -> None:
     """torch.ops.tq4.compress by the extension."""
     del path
-    torch.ops.tq4_cuda.compress(_vectorised(x), rotation, centroids, boundaries, packed, norms, norm_correction)
+    torch.ops.tq4_cuda.compress(
+        _vectorised(x), rotation, centroids, boundaries, packed, norms, norm_correction
+    )
 
 
 def decompress(

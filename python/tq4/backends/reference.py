@@ -1,7 +1,7 @@
 """The reference backend: every op in plain torch, on any device, written to be read rather than to be fast.
 
-It is the numeric contract in executable form and what CPU tensors get.  A query walks the same seven steps here, in
-the Triton and in the CUDA kernels:
+It is the numeric contract in executable form and what CPU tensors get.  A query walks the same seven steps
+here, in the Triton and in the CUDA kernels:
 
     [1] rotate      q_rot = q @ R.T
     [2] quantise    q8, s_q (INT8 mode), one scale per row
@@ -11,8 +11,9 @@ the Triton and in the CUDA kernels:
     [6] values      O = P V'
     [7] rotate back out = O @ R
 
-Unlike the kernels it synchronises with the host (it reads lengths and tables), so it cannot be captured in a CUDA
-graph.  Rotations are computed in float64 and rounded to fp32 once, so that results do not depend on TF32 settings.
+Unlike the kernels it synchronises with the host (it reads lengths and tables), so it cannot be captured in a
+CUDA graph.  Rotations are computed in float64 and rounded to fp32 once, so that results do not depend on TF32
+settings.
 
 Symbols: T tokens, B sequences, Hq query heads, Hkv KV heads, D head_dim.
 """
@@ -109,7 +110,7 @@ def encode(
 
 
 def unpack(codes: torch.Tensor) -> torch.Tensor:
-    """Indices 0..15 as int32 ``[..., D]`` of code bytes ``[..., D / 2]``: even dimensions in the high nibble."""
+    """Indices 0..15 as int32 ``[..., D]`` of code bytes ``[..., D / 2]``; even dimensions are high nibbles."""
     return torch.stack([codes >> 4, codes & 15], -1).flatten(-2).int()
 
 
@@ -198,7 +199,7 @@ def compress(
     norms: torch.Tensor,
     norm_correction: bool = False,
 ) -> None:
-    """torch.ops.tq4.compress: encode x ``[N, H, D]`` into packed ``[N, H, D / 2]`` and norms ``[N, H, 1]``."""
+    """torch.ops.tq4.compress: x ``[N, H, D]`` into packed ``[N, H, D / 2]`` and norms ``[N, H, 1]``."""
     codes, lengths = encode(x, rotation, centroids, boundaries, norm_correction)
     packed.copy_(codes)
     norms.copy_(lengths[..., None])
@@ -211,7 +212,7 @@ def decompress(
     centroids: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """torch.ops.tq4.decompress: decode packed ``[N, H, D / 2]`` and norms ``[N, H, 1]`` into out ``[N, H, D]``."""
+    """torch.ops.tq4.decompress: packed ``[N, H, D / 2]``, norms ``[N, H, 1]`` into out ``[N, H, D]``."""
     out.copy_(decode_vectors(packed, norms[..., 0], rotation, centroids))
 
 
@@ -296,7 +297,8 @@ def attention(
 
     Args:
         q: ``[T, Hq, D]``, any floating dtype.
-        cache: uint8 ``[num_blocks, block_size, >= Hkv * (D + 8)]`` or ``[num_blocks, Hkv, block_size, D + 8]``.
+        cache: uint8 ``[num_blocks, block_size, >= Hkv * (D + 8)]`` or ``[num_blocks, Hkv, block_size, D +
+            8]``.
         block_table: int32 ``[B, max_blocks]``; entries past a sequence's last page are never used.
         seq_lens: int32 ``[B]``, keys of each sequence including those of its queries.
         query_start_loc: int32 ``[B + 1]``, or None for one query a sequence.
@@ -391,8 +393,8 @@ def quantise_queries(q_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q_rot: fp32 ``[..., D]``, rotated.
 
     Returns:
-        Integers in [-127, 127] as fp32 ``[..., D]``, and fp32 scales ``[...]`` (0 for a zero row; NaN for a row with a
-        NaN, which then spreads to that row's result and no further).
+        Integers in [-127, 127] as fp32 ``[..., D]``, and fp32 scales ``[...]`` (0 for a zero row; NaN for a
+        row with a NaN, which then spreads to that row's result and no further).
     """
     steps = q_rot.abs().amax(-1) / _MAX_CODE
     safe = torch.where(steps > 0, steps, torch.ones_like(steps))  # a NaN row has codes 0 and scale NaN
@@ -405,8 +407,8 @@ def _softmax(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unnormalised probabilities ``exp(s - m)``, LSE and denominator of each row; masked scores are -inf.
 
-    A row without a visible key has probabilities 0 and denominator 1, so that its output is 0 rather than NaN; its LSE
-    is -inf, or the sink logit where there is one.
+    A row without a visible key has probabilities 0 and denominator 1, so that its output is 0 rather than
+    NaN; its LSE is -inf, or the sink logit where there is one.
     """
     m = scores.amax(-1)
     if sink is not None:
