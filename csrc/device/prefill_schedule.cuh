@@ -1,0 +1,70 @@
+// Which query tile a CTA of the prefill kernels works on.  Host-compilable.
+//
+// Sequence s owns rows [qsl[s] * G, qsl[s + 1] * G) of packed (token, head of the group) rows.  It
+// is given the slots
+//     first(s) = floor(qsl[s] * G / M) + s   ..   first(s + 1) - 1
+// at least ceil(rows / M) of them (one more at most: those CTAs leave at once).  first() is
+// strictly increasing and needs only qsl[s], so a CTA finds its sequence by binary search, and the
+// number of slots, floor(T * G / M) + B, is known to the host from shapes alone.  Slots are handed
+// out from the last to the first: under a causal mask the tiles with most keys start first.
+#pragma once
+#include <cstdint>
+
+#include "common.cuh"
+
+namespace tq4 {
+
+TQ4_HOST_DEVICE int64_t prefill_slots(int64_t num_tokens, int group, int rows,
+                                             int num_seqs) {
+  return num_tokens * group / rows + num_seqs;
+}
+
+struct PrefillTile {
+  int seq;        // -1: nothing to do
+  int q_begin;    // first query token of the sequence
+  int q_len;      // its query tokens
+  int first_row;  // first packed row of the tile, counted from the sequence's own row 0
+};
+
+TQ4_HOST_DEVICE PrefillTile find_prefill_tile(const int32_t* query_start_loc, int num_seqs,
+                                                     int group, int rows, int64_t slot) {
+  int lo = 0, hi = num_seqs - 1;
+  while (lo < hi) {  // largest s with first(s) <= slot
+    const int mid = (lo + hi + 1) / 2;
+    if (static_cast<int64_t>(query_start_loc[mid]) * group / rows + mid <= slot) {
+      lo = mid;
+    } else {
+      hi = mid - 1;
+    }
+  }
+  const int begin = query_start_loc[lo];
+  const int len = query_start_loc[lo + 1] - begin;
+  const int64_t tile = slot - (static_cast<int64_t>(begin) * group / rows + lo);
+  const int64_t row = tile * rows;
+  if (row >= static_cast<int64_t>(len) * group) return {-1, 0, 0, 0};
+  return {lo, begin, len, static_cast<int>(row)};
+}
+
+// Keys [begin, end) that at least one of the query positions [first_pos, last_pos] may see.
+// Windows of -1 are unlimited; both are clamped so that sums stay within int32.
+struct KeyRange {
+  int begin, end;
+};
+
+constexpr int kMaxWindow = 1 << 30;
+
+TQ4_HOST_DEVICE int window_or_max(int window) {
+  return window < 0 || window > kMaxWindow ? kMaxWindow : window;
+}
+
+TQ4_HOST_DEVICE KeyRange visible_keys(int first_pos, int last_pos, int window_left,
+                                             int window_right, int num_keys) {
+  const int64_t begin = static_cast<int64_t>(first_pos) - window_or_max(window_left);
+  const int64_t end = static_cast<int64_t>(last_pos) + window_or_max(window_right) + 1;
+  KeyRange range;
+  range.begin = begin < 0 ? 0 : static_cast<int>(begin);
+  range.end = end > num_keys ? num_keys : static_cast<int>(end);
+  return range;
+}
+
+}  // namespace tq4

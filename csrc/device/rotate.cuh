@@ -1,0 +1,129 @@
+// The rotation matrix in shared memory, and rows of q as fp16 A fragments.
+//
+// q_rot = q @ R^T and out = O @ R are small dense products on the tensor cores: fp16 operands,
+// fp32 accumulation.  R is rounded to fp16 (relative error 2^-12 an entry, random in sign): about
+// 1.4e-4 of a row, a tenth of what INT8 quantisation of q adds.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../params.h"
+#include "../ptx/arith.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/smem.cuh"
+#include "swizzle.cuh"
+
+namespace tq4 {
+
+// R is processed in panels of at most kPanelRows rows so that D = 256 fits beside the pipeline.
+template <int D>
+struct RotationPanel {
+  static constexpr int kSteps = D <= 128 ? D / 32 : 2;  // groups of 8 dims in each quarter
+  static constexpr int kRows = 32 * kSteps;
+  static constexpr int kPanels = D / kRows;
+  static constexpr int kBytes = kRows * HalfTile<D>::kRowBytes;
+
+  // Row of R behind local row `row` of panel `panel`, for q @ R^T: 8 * kSteps dims of each quarter
+  // of the head dimension, so that a lane ends up with dims of its own quarter only.
+  TQ4_HOST_DEVICE static constexpr int by_quarter(int panel, int row) {
+    return row / (8 * kSteps) * (D / 4) + panel * 8 * kSteps + row % (8 * kSteps);
+  }
+};
+
+// Copies one panel to shared memory as fp16; row_of(local row) names the row of R.
+template <int D, int kThreads, typename RowOf>
+__device__ __forceinline__ void load_rotation_panel(uint32_t smem, const float* __restrict__ rotation,
+                                                    RowOf row_of) {
+  constexpr int kChunks = D / 8;
+  for (int i = threadIdx.x; i < RotationPanel<D>::kRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const float* src = rotation + row_of(row) * D + chunk * 8;
+    const float4 a = *reinterpret_cast<const float4*>(src);
+    const float4 b = *reinterpret_cast<const float4*>(src + 4);
+    ptx::st_shared_v4(smem + HalfTile<D>::offset(row, chunk), ptx::pack_f16x2(a.x, a.y),
+                      ptx::pack_f16x2(a.z, a.w), ptx::pack_f16x2(b.x, b.y),
+                      ptx::pack_f16x2(b.z, b.w));
+  }
+}
+
+// 8 consecutive 16-bit values of a row of q, as raw words.  Rows of a strided view may be
+// unaligned for a vector load.
+__device__ __forceinline__ uint4 load_raw8(const uint16_t* p, bool aligned16) {
+  if (aligned16) return *reinterpret_cast<const uint4*>(p);
+  uint4 r;
+  r.x = p[0] | static_cast<uint32_t>(p[1]) << 16;
+  r.y = p[2] | static_cast<uint32_t>(p[3]) << 16;
+  r.z = p[4] | static_cast<uint32_t>(p[5]) << 16;
+  r.w = p[6] | static_cast<uint32_t>(p[7]) << 16;
+  return r;
+}
+
+__device__ __forceinline__ float2 unpack_pair(uint32_t word, DType dtype) {
+  if (dtype == DType::kBFloat16) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+  const __half2 h = *reinterpret_cast<const __half2*>(&word);
+  return __half22float2(h);
+}
+
+// Quad (4 lanes of one row) maximum that keeps NaN.
+__device__ __forceinline__ float quad_max_nan(float x) {
+  x = ptx::max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return ptx::max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// Power of two that brings a bf16 row with the given largest magnitude into fp16's range: bf16 has
+// fewer mantissa bits than fp16, so the scaled values are exact down to 2^-28 of the largest.
+__device__ __forceinline__ float fp16_row_scale(float largest) {
+  if (!(largest > 0.f) || !(largest < INFINITY)) return 1.f;
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+  return ldexpf(1.f, max(-120, min(120, 14 - exponent)));
+}
+
+// One row of q seen by a lane of quad position t: chunk kb = dims 32 kb + 8 t .. + 7.
+struct QueryRow {
+  const uint16_t* p;  // null: a padding row, read as zeros
+  float scale;        // bf16 only
+};
+
+template <int D>
+__device__ __forceinline__ void find_row_scale(QueryRow& row, DType dtype, bool aligned16) {
+  row.scale = 1.f;
+  if (dtype != DType::kBFloat16) return;
+  float largest = 0.f;
+  if (row.p != nullptr) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int kb = 0; kb < D / 32; ++kb) {
+      const uint4 raw = load_raw8(row.p + 32 * kb + 8 * t, aligned16);
+      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 v = unpack_pair(words[i], DType::kBFloat16);
+        largest = fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y)));
+      }
+    }
+  }
+  row.scale = fp16_row_scale(quad_max_nan(largest));
+}
+
+// Chunk kb of the row as 4 packed fp16 words.
+__device__ __forceinline__ void load_row_fp16(const QueryRow& row, int offset, DType dtype,
+                                              bool aligned16, uint32_t (&out)[4]) {
+  uint4 raw = make_uint4(0, 0, 0, 0);
+  if (row.p != nullptr) raw = load_raw8(row.p + offset, aligned16);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (dtype == DType::kBFloat16) {
+      const float2 v = unpack_pair(words[i], dtype);
+      out[i] = ptx::pack_f16x2(v.x * row.scale, v.y * row.scale);
+    } else {
+      out[i] = words[i];
+    }
+  }
+}
+
+}  // namespace tq4

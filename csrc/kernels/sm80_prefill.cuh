@@ -1,0 +1,830 @@
+// TQ4 prefill by mma.sync: sm_80 and up.
+//
+//   q_rot = q R^T;  q8 = round(q_rot / s_q)            once a CTA
+//   S = s_q s_c sm_scale n_k (q8 . k8)                 INT8 tensor cores, K unpacked once a CTA
+//   O = softmax(S) V',  V' = fp16(c) n_v               FP16 tensor cores
+//   out = (O / l) R
+//
+// A CTA owns kRows packed rows (row = token * G + head of the group) of one sequence and KV head,
+// and walks the visible keys in tiles.  Roles: 8 warps, all alike; warp w owns rows
+// [16 kMTiles w, 16 kMTiles (w + 1)) for both products, so S and P never leave its registers.
+//
+//   global pages --cp.async--> raw ring (3 stages of codes and norms, one slice a thread)
+//        raw slice --PRMT--> K tile int8 and V tile fp16 (2 buffers), by the thread that copied it
+//            K tile --LDS.128--> B fragments;  V tile --LDSM.T--> B fragments
+//
+// One barrier a tile: it orders the unpacking of tile i + 1 (during the products of tile i) before
+// the products of tile i + 1, and the products of tile i before the unpacking of tile i + 2 into the
+// same buffer.  Raw slices need no barrier: each thread unpacks what it copied itself; the V norm
+// comes from another lane of the same warp.
+//
+// Of the two warps on each scheduler (w and w + 4) one unpacks before its products, the other
+// after: the tensor core always has a warp to serve.
+//
+// Shared memory: raw ring | 2 x {K tile, V tile, column scales} | tables.  A panel of the rotation
+// matrix takes the tiles' place before the first and after the last tile.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "../device/codebook.cuh"
+#include "../device/prefill_schedule.cuh"
+#include "../device/rotate.cuh"
+#include "../device/swizzle.cuh"
+#include "../device/unpack4.cuh"
+#include "../params.h"
+#include "../ptx/arith.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/smem.cuh"
+
+namespace tq4::sm80 {
+
+template <int D_, bool kInt8_>
+struct PrefillConfig {
+  static constexpr int D = D_;
+  static constexpr bool kInt8 = kInt8_;
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = 32 * kWarps;
+  // 32-row warps halve the shared-memory reads a row; beyond D = 128, and with fp16 q fragments,
+  // the accumulators of 32 rows do not fit in registers.
+  static constexpr int kMTiles = (D <= 128 && kInt8) ? 2 : 1;
+  static constexpr int kWarpRows = 16 * kMTiles;
+  static constexpr int kRows = kWarps * kWarpRows;
+  static constexpr int kTile = D <= 128 ? 64 : 32;  // tokens unpacked at once
+  static constexpr int kInner = 32;                 // tokens a softmax step; 64 spills
+  static constexpr int kStages = 3;
+
+  static constexpr int kThreadsPerToken = kThreads / kTile;
+  static constexpr int kCodeBytes = D / 2;
+  static constexpr int kSlice = kCodeBytes / kThreadsPerToken;  // bytes copied by a thread
+  static constexpr int kSliceWords = kSlice / 4;
+  static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
+
+  using Key = KeyTile<D, kInt8 ? 1 : 2>;
+  using Value = HalfTile<D>;
+
+  // Byte offsets in shared memory.
+  static constexpr int kRawBytes = kTile * (2 * kCodeBytes + 8);
+  static constexpr int kKeyBytes = kTile * Key::kRowBytes;
+  static constexpr int kValueBytes = kTile * Value::kRowBytes;
+  static constexpr int kBufferBytes = kKeyBytes + kValueBytes + kTile * 8;
+  static constexpr int kTables = 0;
+  static constexpr int kRaw = 128;
+  static constexpr int kBuffers = kRaw + kStages * kRawBytes;
+  static constexpr int kOverlay = 2 * kBufferBytes > RotationPanel<D>::kBytes
+                                      ? 2 * kBufferBytes
+                                      : RotationPanel<D>::kBytes;
+  static constexpr int kSmemBytes = kBuffers + kOverlay;
+  static_assert(kSmemBytes <= 99 * 1024, "sm_86 and sm_89 offer 99 KB a CTA");
+  static_assert(kBuffers % 128 == 0 && kBufferBytes % 128 == 0, "swizzles assume aligned tiles");
+};
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+// Finite floor of the running maximum: (-inf) - (-inf) never occurs.
+constexpr float kMinusHuge = -1e30f;
+// The maximum is only moved when it grows by more than this (log2): P <= 2^8 in fp16 is as exact
+// as P <= 1, and most rescales of O disappear.
+constexpr float kLazyRescale = 8.f;
+// An int32 accumulator that starts at the bits of 1.5 * 2^23 reads as the float 12582912 + score:
+// no conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
+constexpr int32_t kMagicBits = 0x4B400000;
+constexpr float kMagic = 12582912.f;
+
+// [1/7] pages -> raw ring.
+template <typename Config>
+struct PageLoader {
+  const int32_t* table;
+  const AttentionParams* params;
+  int head;
+  int key_begin, key_end;
+  int block_shift;  // log2(block_size), or -1
+  int copy_bytes;   // widest aligned copy: 16, 8 or 4
+  uint32_t raw;     // shared address of the ring
+  int page;         // page id of the next tile to be copied, fetched one tile ahead
+
+  __device__ __forceinline__ int token_of(int tile) const {
+    return key_begin + tile * Config::kTile + static_cast<int>(threadIdx.x) / Config::kThreadsPerToken;
+  }
+
+  __device__ __forceinline__ int block_of(int token) const {
+    return block_shift >= 0 ? token >> block_shift : token / params->cache.block_size;
+  }
+
+  __device__ __forceinline__ void prefetch_page(int tile) {
+    const int token = token_of(tile);
+    // Entries past the last page of a sequence are garbage: never read, let alone followed.
+    if (token < key_end) page = table[block_of(token)];
+  }
+
+  template <int kBytes>
+  __device__ __forceinline__ void copy_slice(uint32_t dst, const uint8_t* src) const {
+#pragma unroll
+    for (int i = 0; i < Config::kSlice; i += kBytes) ptx::cp_async<kBytes>(dst + i, src + i);
+  }
+
+  __device__ __forceinline__ void copy_codes(uint32_t dst, const uint8_t* src) const {
+    if constexpr (Config::kSlice % 16 == 0) {
+      if (copy_bytes == 16) return copy_slice<16>(dst, src);
+    }
+    if constexpr (Config::kSlice % 8 == 0) {
+      if (copy_bytes >= 8) return copy_slice<8>(dst, src);
+    }
+    copy_slice<4>(dst, src);
+  }
+
+  __device__ __forceinline__ void copy(int tile) const {
+    const PageView& view = params->cache;
+    const int token = token_of(tile);
+    if (token < key_end) {
+      const int row = threadIdx.x / Config::kThreadsPerToken;
+      const int slice = threadIdx.x % Config::kThreadsPerToken;
+      const int in_block = token - block_of(token) * view.block_size;
+      const uint8_t* block = view.base + page * view.block_stride;
+      const uint8_t* codes = block + in_block * view.code_token_stride +
+                             head * view.code_head_stride + slice * Config::kSlice;
+      const uint32_t stage = raw + tile % Config::kStages * Config::kRawBytes;
+      const uint32_t dst = stage + row * Config::kCodeBytes + slice * Config::kSlice;
+      copy_codes(dst, codes + view.k_codes);
+      copy_codes(dst + Config::kTile * Config::kCodeBytes, codes + view.v_codes);
+      if (slice < 2) {
+        const uint8_t* norm = block + in_block * view.norm_token_stride +
+                              head * view.norm_head_stride +
+                              (slice == 0 ? view.k_norms : view.v_norms);
+        ptx::cp_async<4>(stage + Config::kTile * (2 * Config::kCodeBytes + 4 * slice) + 4 * row,
+                         norm);
+      }
+    }
+  }
+};
+
+// [2/7] raw slice -> K tile, V tile and column scales of one buffer.
+template <typename Config>
+__device__ __forceinline__ void unpack_tile(uint32_t smem, int tile, int key_begin, int key_end) {
+  const int row = threadIdx.x / Config::kThreadsPerToken;
+  const int slice = threadIdx.x % Config::kThreadsPerToken;
+  const bool valid = key_begin + tile * Config::kTile + row < key_end;
+  const uint32_t stage = smem + Config::kRaw + tile % Config::kStages * Config::kRawBytes;
+  const uint32_t buffer = smem + Config::kBuffers + tile % 2 * Config::kBufferBytes;
+  const uint32_t codes = stage + row * Config::kCodeBytes + slice * Config::kSlice;
+  const uint32_t table = smem + Config::kTables;
+
+  const auto read_words = [](uint32_t address, uint32_t (&w)[Config::kSliceWords]) {
+    if constexpr (Config::kSliceWords == 4) {
+      const uint4 v = ptx::ld_shared_v4(address);
+      w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < Config::kSliceWords; ++i) w[i] = ptx::ld_shared_u32(address + 4 * i);
+    }
+  };
+  const auto read_table = [&](int offset) {
+    const uint4 w = ptx::ld_shared_v4(table + offset);
+    return ByteTable{w.x, w.y, w.z, w.w};
+  };
+
+  // Keys, in B-fragment order.  A slice lies inside one quarter of the head dimension.
+  constexpr int kSlicesPerQuarter = Config::kThreadsPerToken / 4;
+  const int quarter = slice / kSlicesPerQuarter;
+  const int first_word = slice % kSlicesPerQuarter * Config::kSliceWords;
+  uint32_t words[Config::kSliceWords];
+  read_words(codes, words);
+  if constexpr (Config::kInt8) {
+    const ByteTable k8 = read_table(offsetof(CodebookTables, k_codes));
+#pragma unroll
+    for (int i = 0; i < Config::kSliceWords; i += 2) {
+      const uint32_t dst = buffer + Config::Key::offset(row, quarter, (first_word + i) / 2);
+      uint32_t x0, x1;
+      unpack_int8(words[i], k8, x0, x1);
+      if (i + 1 < Config::kSliceWords) {
+        uint32_t x2, x3;
+        unpack_int8(words[i + 1 < Config::kSliceWords ? i + 1 : i], k8, x2, x3);
+        ptx::st_shared_v4(dst, x0, x1, x2, x3);
+      } else {
+        ptx::st_shared_v2(dst, x0, x1);
+      }
+    }
+  } else {
+    const ByteTable high = read_table(offsetof(CodebookTables, k_high));
+    const ByteTable low = read_table(offsetof(CodebookTables, k_low));
+#pragma unroll
+    for (int i = 0; i < Config::kSliceWords; ++i) {
+      uint32_t x[4];
+      unpack_fp16(words[i], high, low, x);
+      ptx::st_shared_v4(buffer + Config::Key::offset(row, quarter, first_word + i), x[0], x[1],
+                        x[2], x[3]);
+    }
+  }
+
+  // Values.  The norm of a token that is not there is garbage (NaN as likely as not): select.
+  const uint32_t norms = stage + Config::kTile * 2 * Config::kCodeBytes + 4 * row;
+  const float v_unit = ptx::ld_shared_f32(table + offsetof(CodebookTables, v_unit));
+  const float v_norm = valid ? ptx::ld_shared_f32(norms + 4 * Config::kTile) * v_unit : 0.f;
+  const uint32_t v_norm2 = ptx::pack_f16x2(v_norm, v_norm);
+  read_words(codes + Config::kTile * Config::kCodeBytes, words);
+  const ByteTable high = read_table(offsetof(CodebookTables, v_high));
+  const ByteTable low = read_table(offsetof(CodebookTables, v_low));
+#pragma unroll
+  for (int i = 0; i < Config::kSliceWords; ++i) {
+    uint32_t x[4];
+    unpack_fp16(words[i], high, low, x);
+    // Thread-major chunk order: the 4 (or 8) threads of a token write neighbouring chunks, which
+    // keeps the stores free of conflicts.  The epilogue undoes it (value_dim).
+    ptx::st_shared_v4(buffer + Config::kKeyBytes +
+                          Config::Value::offset(row, i * Config::kThreadsPerToken + slice),
+                      ptx::mul_f16x2(x[0], v_norm2), ptx::mul_f16x2(x[1], v_norm2),
+                      ptx::mul_f16x2(x[2], v_norm2), ptx::mul_f16x2(x[3], v_norm2));
+  }
+
+  if (slice == 0) {
+    const float k_norm = valid ? ptx::ld_shared_f32(norms) : 0.f;
+    const uint32_t scales = buffer + Config::kKeyBytes + Config::kValueBytes + 8 * row;
+    ptx::st_shared_v2(scales, __float_as_uint(k_norm), __float_as_uint(-kMagic * k_norm));
+  }
+}
+
+// First dim of chunk `chunk` of the V tile (and of O): the inverse of unpack_tile's chunk order.
+template <typename Config>
+TQ4_HOST_DEVICE constexpr int value_dim(int chunk) {
+  return chunk % Config::kThreadsPerToken * (Config::D / Config::kThreadsPerToken) +
+         chunk / Config::kThreadsPerToken * 8;
+}
+
+// The rows a lane sees: index 2 mt + i is row 16 mt + 8 i + lane / 4 of the warp.
+template <typename Config>
+struct LaneRows {
+  int first;  // packed row of index 0 in the sequence
+  int count;  // packed rows of the sequence
+  int group;
+
+  __device__ __forceinline__ int row(int index) const { return first + 8 * index; }
+  __device__ __forceinline__ bool valid(int index) const { return row(index) < count; }
+  __device__ __forceinline__ int token(int index) const { return row(index) / group; }
+};
+
+// [3/7] q -> rotated, scaled, quantised A fragments.  In fp16 mode the "quantisation" is a power of
+// two and a rounding to fp16.
+template <typename Config>
+struct QueryFragments {
+  uint32_t a[Config::kMTiles][Config::kKeySteps][4];
+  float scale[2 * Config::kMTiles];  // score = scale * norm * (integer product)
+};
+
+template <typename Config>
+__device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config::D / 8][4],
+                                              float sign, QueryFragments<Config>& q) {
+#pragma unroll
+  for (int mt = 0; mt < Config::kMTiles; ++mt) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float largest = 0.f;
+#pragma unroll
+      for (int j = 0; j < Config::D / 8; ++j) {
+        largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[mt][j][2 * i]), fabsf(c[mt][j][2 * i + 1])));
+      }
+      largest = quad_max_nan(largest);
+      float unit;
+      if constexpr (Config::kInt8) {
+        unit = largest == 0.f ? 1.f : __fdiv_rn(largest, 127.f);
+      } else {
+        unit = largest != largest ? largest : __fdiv_rn(1.f, fp16_row_scale(largest));
+      }
+      q.scale[2 * mt + i] = unit;
+#pragma unroll
+      for (int s = 0; s < Config::D / 32; ++s) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int j = 4 * s + 2 * h;
+          const float v[4] = {c[mt][j][2 * i], c[mt][j][2 * i + 1], c[mt][j + 1][2 * i],
+                              c[mt][j + 1][2 * i + 1]};
+          if constexpr (Config::kInt8) {
+            uint32_t packed = 0;
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+              const int code = max(-127, min(127, __float2int_rn(__fdiv_rn(v[b] * sign, unit))));
+              packed |= static_cast<uint32_t>(code & 0xff) << (8 * b);
+            }
+            q.a[mt][s][2 * h + i] = packed;
+          } else {
+            const float inv = __fdiv_rn(sign, unit);  // exact: a power of two
+            q.a[mt][2 * s + h][i] = ptx::pack_f16x2(v[0] * inv, v[1] * inv);
+            q.a[mt][2 * s + h][2 + i] = ptx::pack_f16x2(v[2] * inv, v[3] * inv);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Dim held at column 2t + e of "n-tile" j = 4 s + 2 h + u of the rotated q: the order in which
+// unpack_tile leaves the keys.  INT8 words hold their dims pairwise swapped.
+template <typename Config>
+TQ4_HOST_DEVICE constexpr int query_dim(int quarter, int j, int e) {
+  return quarter * (Config::D / 4) + 8 * (j / 4) + 4 * (j / 2 % 2) + 2 * (j % 2) +
+         (Config::kInt8 ? 1 - e : e);
+}
+
+template <typename Config>
+__device__ __forceinline__ void load_query(const AttentionParams& p, const LaneRows<Config>& rows,
+                                           int q_begin, int first_head, uint32_t panel_smem,
+                                           QueryFragments<Config>& q) {
+  constexpr int D = Config::D;
+  using Panel = RotationPanel<D>;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const auto* base = static_cast<const uint16_t*>(p.q);
+  const bool aligned16 = (reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) |
+                          (p.q_head_stride * 2)) % 16 == 0;
+  QueryRow row[2 * Config::kMTiles];
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    row[i].p = nullptr;
+    row[i].scale = 1.f;
+    if (rows.valid(i)) {
+      const int token = rows.token(i);
+      const int head = first_head + rows.row(i) - token * rows.group;
+      row[i].p = base + (q_begin + token) * p.q_token_stride + head * p.q_head_stride;
+    }
+  }
+
+  float c[Config::kMTiles][D / 8][4] = {};
+  if (p.q_rotation != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kMTiles; ++i) find_row_scale<D>(row[i], p.dtype, aligned16);
+#pragma unroll
+    for (int panel = 0; panel < Panel::kPanels; ++panel) {
+      if (panel > 0) __syncthreads();  // all warps are done with the previous panel
+      load_rotation_panel<D, Config::kThreads>(
+          panel_smem, p.q_rotation, [&](int r) { return Panel::by_quarter(panel, r); });
+      __syncthreads();  // the panel is complete
+#pragma unroll 1
+      for (int kb = 0; kb < D / 32; ++kb) {
+        uint32_t a[2 * Config::kMTiles][4];
+#pragma unroll
+        for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+          load_row_fp16(row[i], 32 * kb + 8 * t, p.dtype, aligned16, a[i]);
+        }
+#pragma unroll
+        for (int jj = 0; jj < 4 * Panel::kSteps; ++jj) {
+          // Column g of the product is quarter g / 2, e = g % 2.
+          const int j = panel * 4 * Panel::kSteps + jj;
+          const int local = g / 2 * (8 * Panel::kSteps) + query_dim<Config>(0, jj, 0) + 0;
+          const int local_row = Config::kInt8 ? local - (g & 1) : local + (g & 1);
+          const uint4 b = ptx::ld_shared_v4(panel_smem + HalfTile<D>::offset(local_row, 4 * kb + t));
+#pragma unroll
+          for (int mt = 0; mt < Config::kMTiles; ++mt) {
+            const uint32_t a0[4] = {a[2 * mt][0], a[2 * mt + 1][0], a[2 * mt][1], a[2 * mt + 1][1]};
+            const uint32_t a1[4] = {a[2 * mt][2], a[2 * mt + 1][2], a[2 * mt][3], a[2 * mt + 1][3]};
+            ptx::mma_m16n8k16_f16f16f32(c[mt][j], a0, b.x, b.y);
+            ptx::mma_m16n8k16_f16f16f32(c[mt][j], a1, b.z, b.w);
+          }
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+#pragma unroll
+      for (int s = 0; s < D / 32; ++s) {
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (row[i].p != nullptr) raw = load_raw8(row[i].p + t * (D / 4) + 8 * s, aligned16);
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+          const float2 v = unpack_pair(words[u], p.dtype);
+          c[i / 2][4 * s + u][2 * (i % 2)] = Config::kInt8 ? v.y : v.x;
+          c[i / 2][4 * s + u][2 * (i % 2) + 1] = Config::kInt8 ? v.x : v.y;
+        }
+      }
+    }
+  }
+
+  // A negative sm_scale goes into the codes: the running maximum needs positive row scales.
+  const float sign = p.sm_scale < 0.f ? -1.f : 1.f;
+  quantise_rows<Config>(c, sign, q);
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) q.scale[i] = __fdiv_rn(q.scale[i], row[i].scale);
+}
+
+template <typename Config>
+struct SoftmaxState {
+  float m[2 * Config::kMTiles];      // running maximum, log2 units
+  float l[2 * Config::kMTiles];      // this lane's part of the denominator
+  float scale[2 * Config::kMTiles];  // log2 units of one unit of t
+};
+
+// [4/7] S of 32 tokens: t = norm * (q8 . k8), columns 8 j + 2 t'.. of n-tile j.
+template <typename Config>
+__device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const QueryFragments<Config>& q,
+                                           float (&s)[Config::kMTiles][4][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int32_t start[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = inner * Config::kInner + 8 * j + g;
+    const uint32_t key = buffer + row * Config::Key::kRowBytes + t * Config::Key::kQuarterBytes;
+    const int twist = Config::Key::twist(row, t);
+    int32_t acc[Config::kMTiles][4];
+#pragma unroll
+    for (int mt = 0; mt < Config::kMTiles; ++mt) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[mt][j][e] = 0.f;
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < (Config::kKeySteps + 1) / 2; ++chunk) {
+      const uint4 b = ptx::ld_shared_v4(key + ((chunk ^ twist) << 4));
+#pragma unroll
+      for (int mt = 0; mt < Config::kMTiles; ++mt) {
+        if constexpr (Config::kInt8) {
+          if (chunk == 0) {
+            ptx::mma_m16n8k32_s8s8s32(acc[mt], q.a[mt][0], b.x, b.y, start);
+          } else {
+            ptx::mma_m16n8k32_s8s8s32(acc[mt], q.a[mt][2 * chunk], b.x, b.y, acc[mt]);
+          }
+          if (2 * chunk + 1 < Config::kKeySteps) {
+            ptx::mma_m16n8k32_s8s8s32(acc[mt], q.a[mt][2 * chunk + 1 < Config::kKeySteps ? 2 * chunk + 1 : 0],
+                                      b.z, b.w, acc[mt]);
+          }
+        } else {
+          ptx::mma_m16n8k16_f16f16f32(s[mt][j], q.a[mt][2 * chunk], b.x, b.y);
+          ptx::mma_m16n8k16_f16f16f32(s[mt][j], q.a[mt][2 * chunk + 1], b.z, b.w);
+        }
+      }
+    }
+    // Columns 2t and 2t + 1: {norm, -magic * norm} each.
+    const float4 scale = ptx::ld_shared_v4f(buffer + Config::kKeyBytes + Config::kValueBytes +
+                                            8 * (inner * Config::kInner + 8 * j + 2 * t));
+#pragma unroll
+    for (int mt = 0; mt < Config::kMTiles; ++mt) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float norm = e % 2 ? scale.z : scale.x;
+        if constexpr (Config::kInt8) {
+          s[mt][j][e] = fmaf(__int_as_float(acc[mt][e]), norm, e % 2 ? scale.w : scale.y);
+        } else {
+          s[mt][j][e] *= norm;
+        }
+      }
+    }
+  }
+}
+
+// t -> cap * tanh(score / cap), back in units of t.
+template <typename Config>
+__device__ __forceinline__ void apply_softcap(float softcap, const SoftmaxState<Config>& state,
+                                              float (&s)[Config::kMTiles][4][4]) {
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    const float unit = __fdividef(state.scale[i], softcap * kLog2e);  // score / cap = t * unit
+    const float inv = __fdividef(softcap * kLog2e, state.scale[i]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[i / 2][j][2 * (i % 2) + e];
+        x = ptx::tanh_accurate(x * unit) * inv;
+      }
+    }
+  }
+}
+
+// Keys outside [lo, hi] of their row become -inf.  Only tiles on an edge come here.
+template <typename Config>
+__device__ __forceinline__ void apply_mask(int first_key, const LaneRows<Config>& rows, int pos0,
+                                           int num_keys, int window_left, int window_right,
+                                           float (&s)[Config::kMTiles][4][4]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    const int pos = pos0 + rows.token(i);
+    const int hi = min(num_keys - 1, pos + window_or_max(window_right));
+    const int lo = pos - window_or_max(window_left);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = first_key + 8 * j + 2 * t + e;
+        if (key > hi || key < lo) s[i / 2][j][2 * (i % 2) + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+// [5/7] P = 2^(S - m), in place; O and l are rescaled when a maximum has moved.
+template <typename Config>
+__device__ __forceinline__ void update_softmax(float (&s)[Config::kMTiles][4][4],
+                                               SoftmaxState<Config>& state,
+                                               float (&o)[Config::kMTiles][Config::D / 8][4]) {
+  float top[2 * Config::kMTiles];
+  bool moved = false;
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    float x = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      x = fmaxf(x, fmaxf(s[i / 2][j][2 * (i % 2)], s[i / 2][j][2 * (i % 2) + 1]));
+    }
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+    top[i] = x * state.scale[i];
+    moved |= top[i] > state.m[i] + kLazyRescale;
+  }
+  if (__any_sync(0xffffffffu, moved)) {
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+      const float m = fmaxf(state.m[i], top[i]);
+      const float alpha = ptx::exp2_approx(state.m[i] - m);
+      state.m[i] = m;
+      state.l[i] *= alpha;
+#pragma unroll
+      for (int j = 0; j < Config::D / 8; ++j) {
+        o[i / 2][j][2 * (i % 2)] *= alpha;
+        o[i / 2][j][2 * (i % 2) + 1] *= alpha;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[i / 2][j][2 * (i % 2) + e];
+        x = ptx::exp2_approx(fmaf(x, state.scale[i], -state.m[i]));
+        state.l[i] += x;
+      }
+    }
+  }
+}
+
+// [6/7] O += P V.  The C fragment of S is the A fragment of P.
+template <typename Config>
+__device__ __forceinline__ void compute_pv(uint32_t buffer, int inner,
+                                           const float (&s)[Config::kMTiles][4][4],
+                                           float (&o)[Config::kMTiles][Config::D / 8][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int kk = 0; kk < 2; ++kk) {  // 16 tokens each
+    uint32_t a[Config::kMTiles][4];
+#pragma unroll
+    for (int mt = 0; mt < Config::kMTiles; ++mt) {
+      a[mt][0] = ptx::pack_f16x2(s[mt][2 * kk][0], s[mt][2 * kk][1]);
+      a[mt][1] = ptx::pack_f16x2(s[mt][2 * kk][2], s[mt][2 * kk][3]);
+      a[mt][2] = ptx::pack_f16x2(s[mt][2 * kk + 1][0], s[mt][2 * kk + 1][1]);
+      a[mt][3] = ptx::pack_f16x2(s[mt][2 * kk + 1][2], s[mt][2 * kk + 1][3]);
+    }
+    // ldmatrix: matrices (tokens 0-7, chunk c), (8-15, c), (0-7, c + 1), (8-15, c + 1).
+    const int row = inner * Config::kInner + 16 * kk + lane % 16;
+    const uint32_t base = buffer + Config::kKeyBytes + row * Config::Value::kRowBytes;
+    const int key = Config::Value::key(row);
+#pragma unroll
+    for (int pair = 0; pair < Config::D / 16; ++pair) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, base + (((2 * pair + lane / 16) ^ key) << 4));
+#pragma unroll
+      for (int mt = 0; mt < Config::kMTiles; ++mt) {
+        ptx::mma_m16n8k16_f16f16f32(o[mt][2 * pair], a[mt], b[0], b[1]);
+        ptx::mma_m16n8k16_f16f16f32(o[mt][2 * pair + 1], a[mt], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Writes two neighbouring dims of a row.
+__device__ __forceinline__ void store_pair(uint16_t* p, float x, float y, DType dtype, bool aligned4) {
+  const uint32_t word = dtype == DType::kBFloat16 ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+  if (aligned4) {
+    *reinterpret_cast<uint32_t*>(p) = word;
+  } else {
+    p[0] = static_cast<uint16_t>(word);
+    p[1] = static_cast<uint16_t>(word >> 16);
+  }
+}
+
+// [7/7] out = (O / l) R, and the LSE.
+template <typename Config>
+__device__ __forceinline__ void write_output(const AttentionParams& p, const LaneRows<Config>& rows,
+                                             int q_begin, int first_head, uint32_t panel_smem,
+                                             SoftmaxState<Config>& state,
+                                             float (&o)[Config::kMTiles][Config::D / 8][4]) {
+  constexpr int D = Config::D;
+  using Panel = RotationPanel<D>;
+  const int lane = threadIdx.x % 32, t = threadIdx.x % 4;
+  const bool aligned4 = (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) |
+                         (p.out_head_stride * 2)) % 4 == 0;
+  uint16_t* dst[2 * Config::kMTiles];
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    dst[i] = nullptr;
+    float l = state.l[i];
+    l += __shfl_xor_sync(0xffffffffu, l, 1);
+    l += __shfl_xor_sync(0xffffffffu, l, 2);
+    float factor = 1.f, m = state.m[i];
+    if (rows.valid(i)) {
+      const int token = rows.token(i);
+      const int head = first_head + rows.row(i) - token * rows.group;
+      dst[i] = static_cast<uint16_t*>(p.out) + (q_begin + token) * p.out_token_stride +
+               head * p.out_head_stride;
+      if (p.sinks != nullptr) {  // one more term of the denominator, with no value
+        const float sink = p.sinks[head] * kLog2e;
+        m = fmaxf(m, sink);
+        factor = ptx::exp2_approx(state.m[i] - m);
+        l = l * factor + ptx::exp2_approx(sink - m);
+      }
+      if (p.lse != nullptr && t == 0) {
+        // l = 0: no visible key.  NaN goes through.
+        p.lse[static_cast<int64_t>(head) * p.num_tokens + q_begin + token] =
+            l == 0.f ? -INFINITY : (m + log2f(l)) * kLn2;
+      }
+    }
+    const float inv = l == 0.f ? 0.f : __fdiv_rn(factor, l);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      o[i / 2][j][2 * (i % 2)] *= inv;
+      o[i / 2][j][2 * (i % 2) + 1] *= inv;
+    }
+  }
+
+  if (p.out_rotation == nullptr) {
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+        if (dst[i] != nullptr) {
+          store_pair(dst[i] + value_dim<Config>(j) + 2 * t, o[i / 2][j][2 * (i % 2)],
+                     o[i / 2][j][2 * (i % 2) + 1], p.dtype, aligned4);
+        }
+      }
+    }
+    return;
+  }
+
+  // O / l is bounded by the largest |V'|, an fp16 number: it fits.
+  uint32_t a[Config::kMTiles][D / 16][4];
+#pragma unroll
+  for (int mt = 0; mt < Config::kMTiles; ++mt) {
+#pragma unroll
+    for (int ks = 0; ks < D / 16; ++ks) {
+      a[mt][ks][0] = ptx::pack_f16x2(o[mt][2 * ks][0], o[mt][2 * ks][1]);
+      a[mt][ks][1] = ptx::pack_f16x2(o[mt][2 * ks][2], o[mt][2 * ks][3]);
+      a[mt][ks][2] = ptx::pack_f16x2(o[mt][2 * ks + 1][0], o[mt][2 * ks + 1][1]);
+      a[mt][ks][3] = ptx::pack_f16x2(o[mt][2 * ks + 1][2], o[mt][2 * ks + 1][3]);
+    }
+  }
+#pragma unroll
+  for (int mt = 0; mt < Config::kMTiles; ++mt) {
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[mt][j][e] = 0.f;
+    }
+  }
+#pragma unroll
+  for (int panel = 0; panel < Panel::kPanels; ++panel) {
+    __syncthreads();  // the tiles (or the previous panel) are no longer read
+    load_rotation_panel<D, Config::kThreads>(panel_smem, p.out_rotation, [&](int r) {
+      return value_dim<Config>(panel * (Panel::kRows / 8) + r / 8) + r % 8;
+    });
+    __syncthreads();  // the panel is complete
+#pragma unroll
+    for (int kk = 0; kk < Panel::kRows / 16; ++kk) {
+      const int ks = panel * (Panel::kRows / 16) + kk;
+      const int row = 16 * kk + lane % 16;
+#pragma unroll
+      for (int pair = 0; pair < D / 16; ++pair) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, panel_smem + HalfTile<D>::offset(row, 2 * pair + lane / 16));
+#pragma unroll
+        for (int mt = 0; mt < Config::kMTiles; ++mt) {
+          ptx::mma_m16n8k16_f16f16f32(o[mt][2 * pair], a[mt][ks], b[0], b[1]);
+          ptx::mma_m16n8k16_f16f16f32(o[mt][2 * pair + 1], a[mt][ks], b[2], b[3]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+      if (dst[i] != nullptr) {
+        store_pair(dst[i] + 8 * j + 2 * t, o[i / 2][j][2 * (i % 2)], o[i / 2][j][2 * (i % 2) + 1],
+                   p.dtype, aligned4);
+      }
+    }
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    prefill_kernel(const __grid_constant__ AttentionParams p, int copy_bytes, int block_shift) {
+  constexpr int D = Config::D;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const uint32_t smem = ptx::smem_address(shared);
+  const int warp = threadIdx.x / 32;
+  const int group = p.num_q_heads / p.cache.num_kv_heads;
+
+  // KV heads innermost: CTAs that share a sequence's pages run side by side.
+  const int kv_head = blockIdx.x % p.cache.num_kv_heads;
+  const int64_t slots = gridDim.x / p.cache.num_kv_heads;
+  const PrefillTile tile =
+      find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows,
+                        slots - 1 - blockIdx.x / p.cache.num_kv_heads);
+  if (tile.seq < 0) return;
+  const int num_keys = p.seq_lens[tile.seq];
+  const int pos0 = num_keys - tile.q_len;  // position of the sequence's first query token
+  const int num_rows = tile.q_len * group;
+  const int last_row = min(tile.first_row + Config::kRows, num_rows) - 1;
+  const KeyRange keys = visible_keys(pos0 + tile.first_row / group, pos0 + last_row / group,
+                                     p.window_left, p.window_right, num_keys);
+  const int key_begin = keys.begin / Config::kTile * Config::kTile;
+  const int num_tiles =
+      keys.end > key_begin ? (keys.end - key_begin + Config::kTile - 1) / Config::kTile : 0;
+
+  // The first tiles travel while q is rotated.
+  PageLoader<Config> loader{p.block_table + tile.seq * p.block_table_stride,
+                            &p,
+                            kv_head,
+                            key_begin,
+                            keys.end,
+                            block_shift,
+                            copy_bytes,
+                            smem + Config::kRaw,
+                            0};
+#pragma unroll
+  for (int i = 0; i < Config::kStages; ++i) {
+    loader.prefetch_page(i);
+    loader.copy(i);
+    ptx::cp_async_commit();
+  }
+  loader.prefetch_page(Config::kStages);
+  if (warp == 0) {
+    write_codebook_tables(reinterpret_cast<CodebookTables*>(shared + Config::kTables), p.k_codes,
+                          p.k_centroids, p.v_centroids);
+  }
+
+  const int warp_row = tile.first_row + warp * Config::kWarpRows;
+  const LaneRows<Config> rows{warp_row + static_cast<int>(threadIdx.x) % 32 / 4, num_rows, group};
+  QueryFragments<Config> q;
+  load_query<Config>(p, rows, tile.q_begin, kv_head * group, smem + Config::kBuffers, q);
+  __syncthreads();  // tables written; the rotation panel may be overwritten by tile 0
+
+  SoftmaxState<Config> state;
+  const float k_unit = Config::kInt8
+                           ? p.k_code_scale
+                           : ptx::ld_shared_f32(smem + Config::kTables + offsetof(CodebookTables, k_unit));
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    state.scale[i] = q.scale[i] * k_unit * fabsf(p.sm_scale) * kLog2e;
+    if (state.scale[i] == 0.f) state.scale[i] = 1e-30f;  // 0 * (-inf) must not turn into NaN
+    state.m[i] = kMinusHuge;
+    state.l[i] = 0.f;
+  }
+  float o[Config::kMTiles][D / 8][4] = {};
+
+  // Keys that some row of this warp may see: other steps are skipped, not masked.
+  const bool warp_active = warp_row < num_rows;
+  const int warp_last = min(warp_row + Config::kWarpRows, num_rows) - 1;
+  const int pos_first = pos0 + warp_row / group, pos_last = pos0 + max(warp_last, 0) / group;
+  const KeyRange warp_keys =
+      visible_keys(pos_first, pos_last, p.window_left, p.window_right, num_keys);
+  // Keys that every row of this warp sees: steps inside need no mask.
+  const int full_begin = pos_last - window_or_max(p.window_left);
+  const int full_end = min(num_keys, pos_first + window_or_max(p.window_right) + 1);
+
+  if (num_tiles > 0) {
+    ptx::cp_async_wait<Config::kStages - 1>();
+    __syncwarp();  // the V norm was copied by a neighbouring lane
+    unpack_tile<Config>(smem, 0, key_begin, keys.end);
+  }
+  for (int i = 0; i < num_tiles; ++i) {
+    // Tile i is unpacked; buffer (i + 1) % 2 and raw stage i % 3 are free.
+    __syncthreads();
+    loader.copy(i + Config::kStages);
+    ptx::cp_async_commit();
+    loader.prefetch_page(i + Config::kStages + 1);
+    ptx::cp_async_wait<Config::kStages - 1>();  // raw tile i + 1 of this thread has landed
+    __syncwarp();
+    const bool unpack_first = warp < Config::kWarps / 2;
+    if (unpack_first && i + 1 < num_tiles) unpack_tile<Config>(smem, i + 1, key_begin, keys.end);
+
+    const uint32_t buffer = smem + Config::kBuffers + i % 2 * Config::kBufferBytes;
+#pragma unroll 1
+    for (int inner = 0; inner < Config::kTile / Config::kInner; ++inner) {
+      const int first_key = key_begin + i * Config::kTile + inner * Config::kInner;
+      const int last_key = first_key + Config::kInner - 1;
+      if (!warp_active || first_key >= warp_keys.end || last_key < warp_keys.begin) continue;
+      float s[Config::kMTiles][4][4];
+      compute_qk<Config>(buffer, inner, q, s);
+      if (p.softcap > 0.f) apply_softcap<Config>(p.softcap, state, s);
+      if (last_key >= full_end || first_key < full_begin) {
+        apply_mask<Config>(first_key, rows, pos0, num_keys, p.window_left, p.window_right, s);
+      }
+      update_softmax<Config>(s, state, o);
+      compute_pv<Config>(buffer, inner, s, o);
+    }
+    if (!unpack_first && i + 1 < num_tiles) unpack_tile<Config>(smem, i + 1, key_begin, keys.end);
+  }
+  ptx::cp_async_wait<0>();
+  write_output<Config>(p, rows, tile.q_begin, kv_head * group, smem + Config::kBuffers, state, o);
+}
+
+}  // namespace tq4::sm80

@@ -1,0 +1,62 @@
+// Scalar instructions that CUDA C++ does not expose as one intrinsic.
+#pragma once
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace tq4::ptx {
+
+// 2^x, about 2 ulp; exp2(-inf) = 0 (PTX ISA: ex2.approx).
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// max that propagates NaN, unlike fmaxf: a NaN query must come out as NaN, not as zeros.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// tanh to about 1e-7 absolute.  tanh.approx is off by 2^-11, which a soft cap of 50 turns
+// into an error of 2 % in the probability.
+__device__ __forceinline__ float tanh_accurate(float x) {
+  const float e = exp2_approx(x * 2.885390081777927f);  // e^(2x)
+  return 1.f - 2.f * rcp_approx(e + 1.f);
+}
+
+// Two floats to packed fp16, `lo` in the low half, round to nearest even.
+__device__ __forceinline__ uint32_t pack_f16x2(float lo, float hi) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// Byte permute: byte i of the result is byte (selector nibble i) of {hi, lo}.
+__device__ __forceinline__ uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(lo), "r"(hi), "r"(selector));
+  return y;
+}
+
+}  // namespace tq4::ptx
