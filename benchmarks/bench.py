@@ -1,0 +1,304 @@
+"""Time TQ4's operations and what a user would pick instead, in one run; print a table and keep a record.
+
+    python benchmarks/bench.py prefill|chunk|varlen|decode|step|store|all [options]
+
+Every call is checked against the right answer on a few rows before it is timed.  A peer that is missing or
+wrong is reported and left out; when one of TQ4's own calls is wrong nothing of that operation is recorded and
+the exit status is 1.  Records go to benchmarks/results/<gpu>-<op>.json (see record.py), or nowhere with
+``--no-record``.
+
+    chunk    2048 new tokens at the end of a context      varlen   16 sequences of unequal length, one call
+    step     store the new tokens, then decode, in one CUDA graph
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+import tq4
+from peers import Maker, UnavailableError, peers_of
+from timing import Budget, captured, median_ms
+from workloads import (
+    DTYPES,
+    Contender,
+    StoreInputs,
+    Tq4Inputs,
+    Workload,
+    WrongResultError,
+    check,
+    chunk_workloads,
+    decode_workloads,
+    make_queries,
+    mixed_decode_workload,
+    prefill_workloads,
+    varlen_workloads,
+)
+
+OPS = ("prefill", "chunk", "varlen", "decode", "step", "store")
+PREFILL_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+CHUNK_LENGTHS = [8192, 32768, 131072]
+DECODE_SIZES = [
+    (1, 8192, 1),
+    (1, 131072, 1),
+    (8, 32768, 1),
+    (32, 8192, 1),
+    (64, 8192, 1),
+    (128, 4096, 1),
+    (64, 8192, 4),
+]
+# For the plot: context length at a fixed batch.
+SWEEP_SIZES = [(1, n << 10, 1) for n in (1, 2, 4, 16, 32, 64)] + [(64, n << 10, 1) for n in (1, 2, 4, 16)]
+STEP_SIZES = [(1, 8192, 1), (64, 8192, 1)]
+STORE_TOKENS = [1, 16, 64, 256, 2048, 16384]
+
+
+class Session:
+    """Options of a run and the rows it has measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device: str = args.device
+        self.budget = Budget(args.warmup, args.rep)
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.wrong: set[str] = set()  # operations that gave a wrong result
+        self.missing: dict[str, str] = {}  # impl -> why it was left out
+
+    def backends(self) -> Iterator[str]:
+        """The requested backends that run here; the others are reported once."""
+        usable = tq4.available_backends()
+        for name in self.args.backends:
+            ok, why = usable[name]
+            if self.device == "cpu" and name != "reference":
+                ok, why = False, "needs a CUDA GPU"
+            if ok:
+                yield name
+            else:
+                self.missing.setdefault(f"tq4-{name}", why)
+
+    def add(self, row: dict[str, Any], label: str) -> None:
+        self.rows.setdefault(row["op"], []).append(row)
+        rate = f"{row['tflops']:8.1f} TFLOPS" if "tflops" in row else f"{row['gbps']:8.1f} GB/s"
+        print(f"{row['op']:8s} {label:44s} {row['impl']:22s} {row['ms']:10.4f} ms {rate}", flush=True)
+
+    def attempt(self, work: Workload, q: torch.Tensor, impl: str, make: Maker, ours: bool) -> None:
+        """Check and time one contender.  A peer may fail; TQ4 may not."""
+        try:
+            contender = make(work, q)
+            error = check(contender, work, q)
+        except UnavailableError as why:
+            self.missing.setdefault(impl, str(why))
+            print(f"{work.op:8s} {work.label:44s} {impl:22s} not run: {why}", flush=True)
+            return
+        except WrongResultError as wrong:
+            if ours:
+                self.wrong.add(work.op)
+            print(f"{work.op:8s} {work.label:44s} {impl:22s} WRONG: {wrong}", flush=True)
+            return
+        except Exception as failure:
+            if ours:
+                raise
+            reason = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
+            self.missing.setdefault(impl, reason)
+            print(f"{work.op:8s} {work.label:44s} {impl:22s} failed: {reason}", flush=True)
+            return
+        call, in_graph = contender.call, False
+        if work.graph and self.device == "cuda":
+            try:
+                call, in_graph = captured(contender.call), True
+            except Exception as failure:
+                if ours:
+                    raise
+                print(f"{work.op:8s} {work.label:44s} {impl:22s} no CUDA graph: {failure}", flush=True)
+        ms = median_ms(call, self.budget, self.device)
+        if work.op in ("decode", "step"):
+            rate = {"gbps": round(contender.read_bytes / ms / 1e6, 1)}
+        else:
+            rate = {"tflops": round(work.flops / ms / 1e9, 2)}
+        row = work.row(impl, ms, **rate, error=float(f"{error:.3g}"))
+        row.update({"cuda_graph": in_graph} if work.graph else {})
+        self.add(row, work.label)
+
+
+def ours(inputs: Tq4Inputs, backend: str) -> Maker:
+    """TQ4 on one backend, as ``peers_of`` gives the peers."""
+
+    def make(work: Workload, q: torch.Tensor) -> Contender:
+        impl = f"tq4-{backend}"
+        if work.op == "step":
+            return inputs.step(q, backend, impl)
+        return inputs.attention("decode" if work.op == "decode" else "prefill", q, backend, impl)
+
+    return make
+
+
+def run_attention(session: Session, works: list[Workload]) -> None:
+    """Time all contenders on each workload, ours first, each with its inputs freed before the next."""
+    args = session.args
+    for work in works:
+        q = make_queries(work, session.device)
+        inputs = Tq4Inputs(work, session.device, args.layout)
+        for backend in session.backends():
+            session.attempt(work, q, f"tq4-{backend}", ours(inputs, backend), ours=True)
+        del inputs
+        peers = peers_of(work.op, args.flashinfer, args.turboquant) if args.peers else {}
+        for impl, make in peers.items():
+            release()
+            session.attempt(work, q, impl, make, ours=False)
+        release()
+
+
+def run_store(session: Session, hq: int, hkv: int, d: int) -> None:
+    """Bytes read and written a second; up to 2048 tokens as a CUDA graph, with the eager time beside it."""
+    args = session.args
+    for tokens in args.lengths or STORE_TOKENS:
+        inputs = StoreInputs(tokens, hkv, d, args.dtype, args.page, args.layout, session.device)
+        graph = tokens <= 2048 and session.device == "cuda"
+        work = Workload("store", hq, hkv, d, args.dtype, args.page, (tokens,), (tokens,), graph)
+        for backend in session.backends():
+            impl = f"tq4-{backend}"
+            try:
+                inputs.check(backend, impl)
+            except WrongResultError as wrong:
+                session.wrong.add("store")
+                print(f"store    {tokens} tokens {impl:22s} WRONG: {wrong}", flush=True)
+                continue
+            call = functools.partial(inputs.call, backend)
+            ms = median_ms(captured(call) if graph else call, session.budget, session.device)
+            row = work.row(impl, ms, gbps=round(inputs.bytes_moved / ms / 1e6, 2))
+            if graph:
+                row["eager_ms"] = round(median_ms(call, session.budget, session.device), 5)
+            session.add(row, f"{hkv} heads D{d} {args.dtype} {tokens} tokens")
+        release()
+
+
+def release() -> None:
+    """Give freed tensors back, so that the next contender has the whole GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run(session: Session, op: str) -> None:
+    args = session.args
+    for hq, hkv in args.heads:
+        shape = (hq, hkv, args.head_dim, args.dtype, args.page)
+        if op == "store":
+            run_store(session, hq, hkv, args.head_dim)
+        elif op == "prefill":
+            run_attention(session, prefill_workloads(*shape, args.lengths or PREFILL_LENGTHS))
+        elif op == "chunk":
+            run_attention(session, chunk_workloads(*shape, args.lengths or CHUNK_LENGTHS))
+        elif op == "varlen":
+            run_attention(session, varlen_workloads(*shape, max(args.lengths or [16384])))
+        elif op == "step":
+            sizes = [(2, n, 1) for n in args.lengths] if args.lengths else STEP_SIZES
+            run_attention(session, decode_workloads(*shape, sizes, op="step"))
+        else:
+            small = [(b, n, t) for n in args.lengths or () for b, t in ((1, 1), (2, 4))]
+            sizes = small or DECODE_SIZES
+            works = decode_workloads(*shape, sizes)
+            if args.sweep:
+                works += decode_workloads(*shape, SWEEP_SIZES, sweep=True)
+            works.append(mixed_decode_workload(*shape, scale=500 if args.lengths else 1))
+            run_attention(session, works)
+
+
+def print_table(session: Session) -> None:
+    """Everything measured, one line a row, grouped by operation and workload."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for op, rows in session.rows.items():
+        rate = "gbps" if op in ("decode", "step", "store") else "tflops"
+        table = Table(title=op, title_justify="left")
+        unit = "GB/s" if rate == "gbps" else "TFLOPS"
+        for name in ("heads", "D", "dtype", "batch", "q", "kv", "impl", "ms", unit):
+            table.add_column(name, justify="left" if name in ("heads", "dtype", "impl") else "right")
+        last = None
+        for row in rows:
+            key = tuple(row[k] for k in ("hq", "hkv", "d", "batch", "q_len", "kv_len"))
+            if last not in (None, key):
+                table.add_section()
+            last = key
+            table.add_row(
+                f"{row['hq']}/{row['hkv']}",
+                *(str(row[k]) for k in ("d", "dtype", "batch", "q_len", "kv_len", "impl")),
+                f"{row['ms']:.4f}",
+                f"{row[rate]:.1f}",
+            )
+        console.print(table)
+    for impl, why in session.missing.items():
+        console.print(f"not measured: {impl}: {why}", highlight=False)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    def heads(text: str) -> tuple[int, int]:
+        hq, hkv = map(int, text.split(","))
+        return hq, hkv
+
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("op", choices=(*OPS, "all"))
+    parser.add_argument(
+        "--heads", type=heads, action="append", metavar="HQ,HKV", help="may be repeated [32,8]"
+    )
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
+    parser.add_argument("--page", type=int, default=16)
+    parser.add_argument("--layout", choices=("token_major", "head_major"), default="token_major")
+    parser.add_argument(
+        "--lengths", type=lambda s: [int(n) for n in s.split(",")], help="not the default ones"
+    )
+    parser.add_argument("--sweep", action="store_true", help="decode: the context lengths of the plot, too")
+    parser.add_argument("--backends", type=lambda s: s.split(","), default=["cuda", "cuda-sm80", "triton"])
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="TQ4 only")
+    parser.add_argument("--no-flashinfer", dest="flashinfer", action="store_false", help="it compiles first")
+    parser.add_argument("--no-turboquant", dest="turboquant", action="store_false", help="it is slow")
+    parser.add_argument("--warmup", type=int, default=20, metavar="MS")
+    parser.add_argument("--rep", type=int, default=60, metavar="MS")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the script")
+    parser.add_argument("--results", type=Path, default=None, help="where records go [benchmarks/results]")
+    parser.add_argument("--no-record", dest="record", action="store_false")
+    args = parser.parse_args(argv)
+    args.heads = args.heads or [(32, 8)]
+    if args.device == "cpu":
+        args.backends = ["reference"]
+        if args.record and args.results is None:
+            parser.error("--device cpu needs --results or --no-record: its times are no benchmark")
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device (--device cpu tries the script)")
+    unknown = set(args.backends) - set(tq4.available_backends())
+    if unknown:
+        parser.error(f"unknown backends: {', '.join(sorted(unknown))}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.record:
+        record.check_package_matches_tree()
+    env = record.environment(args.device)
+    print(f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}, triton {env['triton']}", flush=True)
+    session = Session(args)
+    for op in OPS if args.op == "all" else (args.op,):
+        run(session, op)
+        if op in session.wrong:
+            print(f"{op}: wrong results, nothing recorded", flush=True)
+        elif args.record and session.rows.get(op):
+            path = record.write(op, session.rows[op], env, args.results or record.RESULTS)
+            print(f"{op}: recorded in {path}", flush=True)
+    print_table(session)
+    return 1 if session.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

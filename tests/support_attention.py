@@ -1,0 +1,565 @@
+"""Attention problems over a poisoned TQ4 cache, and their answers computed without tq4's operations.
+
+A ``Case`` says what is asked (shapes, lengths, masks, layout); ``build`` makes the tensors; ``answer`` solves
+it with plain torch on dense keys and values, exactly or by the INT8 recipe; ``run`` asks one backend.  Two
+things come from tq4: the codebook and rotations of a ``Quantizer`` (they are inputs of every operation) and
+``layout.page_view`` (the byte layout has one owner).  Encoding, decoding, masks, softmax and the recipe are
+written again here, so that a mistake in the package cannot cancel itself.
+
+Every byte of a cache that no live token owns is 0xFF: its codes decode to the largest centroid and its norms
+are NaN, so a single one that is used shows.  Outputs are filled with NaN before a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+import tq4
+from tq4 import dispatch, layout
+
+POISON = 0xFF
+FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
+DTYPE_NAMES = {FLOAT16: "f16", BFLOAT16: "bf16", FLOAT32: "f32"}
+
+
+# ---------------------------------------------------------------------------------------------- targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One backend on one kind of device."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return self.backend if self.device == "cuda" else f"{self.backend}@{self.device}"
+
+    def require(self) -> None:
+        """Skip the test when this machine cannot run the target; fail when TQ4_TEST_BACKENDS names it."""
+        wanted = [b for b in os.environ.get("TQ4_TEST_BACKENDS", "").split(",") if b]
+        if wanted and self.backend not in wanted:
+            pytest.skip(f"TQ4_TEST_BACKENDS does not name {self.backend}")
+        problem = None
+        if self.device == "cuda" and not torch.cuda.is_available():
+            problem = "no CUDA device"
+        elif self.device == "cpu" and self.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+            problem = "Triton runs on CPU tensors only with TRITON_INTERPRET=1"
+        else:
+            usable, why = dispatch.availability(self.backend, torch.device(self.device))
+            if not usable:
+                problem = f"backend {self.backend}: {why}"
+        if problem is None:
+            return
+        if wanted:
+            pytest.fail(f"{problem}, but TQ4_TEST_BACKENDS asks for it", pytrace=False)
+        pytest.skip(problem)
+
+
+CPU_TARGETS = (Target("reference", "cpu"), Target("triton", "cpu"))
+# The CUDA kernels are compiled ahead and take every case; Triton compiles a kernel for most cases and the
+# reference is slow, so those two take the short list.
+CUDA_TARGETS = (Target("cuda", "cuda"), Target("cuda-sm80", "cuda"))
+SHORT_LIST_TARGETS = (Target("triton", "cuda"), Target("reference", "cuda"))
+GPU_TARGETS = CUDA_TARGETS + SHORT_LIST_TARGETS
+
+
+def on_targets(*, cpu: bool = True, gpu: bool = True):
+    """Parametrise a test by ``target`` alone."""
+    params = [pytest.param(t, id=str(t)) for t in CPU_TARGETS if cpu]
+    params += [pytest.param(t, id=str(t), marks=pytest.mark.gpu) for t in GPU_TARGETS if gpu]
+    return pytest.mark.parametrize("target", params)
+
+
+def on_cases(cpu: Sequence = (), gpu: Sequence = (), gpu_all: Sequence = ()):
+    """Parametrise a test by (case, target), case by case, so that cached answers serve all targets.
+
+    ``cpu``: every CPU target.  ``gpu``: every GPU target.  ``gpu_all``: the CUDA backends only.
+    """
+    params = []
+    for cases, targets, marks in (
+        (cpu, CPU_TARGETS, ()),
+        (gpu, GPU_TARGETS, (pytest.mark.gpu,)),
+        (gpu_all, CUDA_TARGETS, (pytest.mark.gpu,)),
+    ):
+        for case in cases:
+            params += [pytest.param(case, t, id=f"{case}-{t}", marks=marks) for t in targets]
+    return pytest.mark.parametrize("case,target", params)
+
+
+def pairwise(seed: int = 0, **axes: Sequence) -> list[dict]:
+    """Few rows in which every pair of values of every two axes occurs (greedy, deterministic)."""
+    rng = random.Random(seed)
+    names = sorted(axes)
+    pairs = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}
+    left = sorted(pairs, key=repr)
+    rng.shuffle(left)
+    uncovered = dict.fromkeys(left)
+    rows = []
+    while uncovered:
+        (a, x), (b, y) = next(iter(uncovered))
+        best, best_gain = None, -1
+        for _ in range(40):
+            row = {n: rng.choice(axes[n]) for n in names}
+            row[a], row[b] = x, y
+            gain = sum(p in uncovered for p in itertools.combinations([(n, row[n]) for n in names], 2))
+            if gain > best_gain:
+                best, best_gain = row, gain
+        for p in itertools.combinations([(n, best[n]) for n in names], 2):
+            uncovered.pop(p, None)
+        rows.append(best)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What one attention call is asked.  Lengths are per sequence; a query may be longer than its keys."""
+
+    head_dim: int = 64
+    kv_heads: int = 2
+    group: int = 2
+    dtype: torch.dtype = FLOAT16
+    page: int = 16
+    layout: str = "token_major"
+    seq_lens: tuple[int, ...] = (33,)
+    query_lens: tuple[int, ...] = (33,)
+    rotation: str | None = "hadamard"
+    causal: bool = True
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sinks: bool = False
+    sm_scale: float | None = None
+    int8: bool = True
+    data: str = "gaussian"  # or "outliers": every 37th query row x20, channel 5 of q x10
+    row_padding: int = 0  # bytes after a token's row (token-major only)
+    interleaved: bool = (
+        False  # the cache is every third block of a larger tensor, as with blocks before layers
+    )
+    strided: bool = False  # q and out are slices of wider buffers
+    padding_rows: int = 0  # rows of q past query_start_loc[-1]
+    norm_correction: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"d{self.head_dim}",
+            f"h{self.kv_heads * self.group}x{self.kv_heads}",
+            DTYPE_NAMES[self.dtype],
+        ]
+        parts += [
+            f"p{self.page}",
+            self.layout.split("_")[0],
+            "int8" if self.int8 else "fp16",
+            str(self.rotation),
+        ]
+        parts += [f"kv{_lengths(self.seq_lens)}", f"q{_lengths(self.query_lens)}"]
+        parts += [] if self.causal else ["full"]
+        parts += [f"w{self.window[0]}.{self.window[1]}"] if self.window != (-1, -1) else []
+        parts += [f"cap{self.softcap:g}"] if self.softcap else []
+        parts += [n for n in ("sinks", "interleaved", "strided", "norm_correction") if getattr(self, n)]
+        parts += [f"pad{self.row_padding}"] if self.row_padding else []
+        parts += [f"tail{self.padding_rows}"] if self.padding_rows else []
+        parts += [self.data] if self.data != "gaussian" else []
+        parts += [f"s{self.seed}"] if self.seed else []
+        return "-".join(parts)
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.sm_scale is None else self.sm_scale
+
+    def but(self, **changes) -> Case:
+        return dataclasses.replace(self, **changes)
+
+
+def _lengths(lens: tuple[int, ...]) -> str:
+    text = ".".join(map(str, lens[:6]))
+    return text if len(lens) <= 6 else f"{text}..x{len(lens)}"
+
+
+@dataclasses.dataclass
+class Problem:
+    """Tensors of one case.  ``k_index``/``k_norm`` (and v) are the live tokens, dense, in sequence order."""
+
+    case: Case
+    quantizer: tq4.Quantizer
+    cache: torch.Tensor  # uint8, 3-D token-major or 4-D head-major
+    block_table: torch.Tensor  # int32 [B, max_blocks]
+    seq_lens: torch.Tensor  # int32 [B]
+    query_start_loc: torch.Tensor  # int32 [B + 1]
+    q: torch.Tensor  # [T + padding_rows, Hq, D]
+    sinks: torch.Tensor | None  # fp32 [Hq]
+    k_index: torch.Tensor  # uint8 [sum L, Hkv, D]
+    k_norm: torch.Tensor  # fp32 [sum L, Hkv]
+    v_index: torch.Tensor
+    v_norm: torch.Tensor
+    slots: torch.Tensor  # int64 [sum L]: where the live tokens lie
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.case.query_lens)
+
+    def to(self, device: str) -> Problem:
+        """The same problem on another device (strided views keep their strides)."""
+        moved = {
+            f.name: _move(getattr(self, f.name), device)
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, quantizer=self.quantizer.to(device), **moved)
+
+
+def _move(t: torch.Tensor, device: str) -> torch.Tensor:
+    flat = torch.empty(0, dtype=t.dtype, device=device).set_(t.untyped_storage().to(device=device))
+    return flat.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+# ------------------------------------------------------------------------------- encoding and the cache
+
+
+def encode(
+    x: torch.Tensor,
+    rotation: torch.Tensor | None,
+    centroids: torch.Tensor,
+    boundaries: torch.Tensor,
+    norm_correction: bool = False,
+    dtype: torch.dtype = FLOAT32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Steps 1 to 5 of the format for x [..., D]: (index uint8 [..., D], norm [...], y [..., D])."""
+    x = x.to(dtype)
+    norm = (x * x).sum(-1).sqrt()
+    y = x / (norm + 1e-10).unsqueeze(-1)
+    if rotation is not None:
+        y = y @ rotation.to(dtype).T
+    index = torch.zeros_like(y, dtype=torch.uint8)
+    for b in boundaries.to(dtype):
+        index += y > b
+    if norm_correction:
+        norm = norm / centroids.to(dtype)[index.long()].norm(dim=-1)
+    return index, norm, y
+
+
+def decode(index: torch.Tensor, norm: torch.Tensor, centroids: torch.Tensor, dtype=FLOAT32) -> torch.Tensor:
+    """Codes [..., D] and norms [...] back to vectors of the rotated space."""
+    return centroids.to(dtype)[index.long()] * norm.to(dtype).unsqueeze(-1)
+
+
+def pack(index: torch.Tensor) -> torch.Tensor:
+    """[..., D] codes to [..., D/2] bytes: the even dimension in the high nibble."""
+    return (index[..., 0::2] << 4) | index[..., 1::2]
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    return torch.stack((packed >> 4, packed & 15), -1).flatten(-2)
+
+
+def new_cache(case: Case, num_blocks: int, device: str = "cpu") -> torch.Tensor:
+    """A cache of a case's layout whose every byte is poison, the bytes between its rows and blocks too."""
+    token_bytes = case.head_dim + 8
+    if case.layout == layout.HEAD_MAJOR:
+        shape = (num_blocks, case.kv_heads, case.page, token_bytes)
+    else:
+        shape = (num_blocks, case.page, case.kv_heads * token_bytes + case.row_padding)
+    if not case.interleaved:
+        return torch.full(shape, POISON, dtype=torch.uint8, device=device)
+    return torch.full((shape[0], 3, *shape[1:]), POISON, dtype=torch.uint8, device=device)[:, 1]
+
+
+def storage(t: torch.Tensor) -> torch.Tensor:
+    """All bytes behind a tensor, those that a view leaves out included."""
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
+
+
+def cache_fields(cache: torch.Tensor, kv_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+    """Writable views of the four fields: codes [blocks, page, Hkv, D/2], norms [blocks, page, Hkv, 4]."""
+    view = layout.page_view(cache, kv_heads, head_dim)
+    fields = {}
+    for name in ("k_codes", "v_codes", "k_norms", "v_norms"):
+        codes = name.endswith("codes")
+        stride = (
+            view.block_stride,
+            view.code_token_stride if codes else view.norm_token_stride,
+            view.code_head_stride if codes else view.norm_head_stride,
+            1,
+        )
+        size = (view.num_blocks, view.block_size, kv_heads, head_dim // 2 if codes else 4)
+        fields[name] = cache.as_strided(size, stride, cache.storage_offset() + getattr(view, name))
+    return fields
+
+
+def _norm_bytes(norm: torch.Tensor) -> torch.Tensor:
+    return norm.to(FLOAT32).contiguous().view(torch.uint8).view(*norm.shape, 4)
+
+
+def write_tokens(cache, slots, k_index, k_norm, v_index, v_norm) -> None:
+    """Put encoded tokens [N, Hkv, ...] into their slots."""
+    kv_heads, head_dim = k_index.shape[1:]
+    page = layout.page_view(cache, kv_heads, head_dim).block_size
+    fields = cache_fields(cache, kv_heads, head_dim)
+    block, offset = slots // page, slots % page
+    for name, value in (
+        ("k_codes", pack(k_index)),
+        ("k_norms", _norm_bytes(k_norm)),
+        ("v_codes", pack(v_index)),
+        ("v_norms", _norm_bytes(v_norm)),
+    ):
+        fields[name][block, offset] = value
+
+
+def read_tokens(cache, slots, kv_heads: int, head_dim: int):
+    """(k_index, k_norm, v_index, v_norm) of the given slots, out of the cache's bytes."""
+    page = layout.page_view(cache, kv_heads, head_dim).block_size
+    fields = cache_fields(cache, kv_heads, head_dim)
+    block, offset = slots // page, slots % page
+    got = []
+    for codes, norms in (("k_codes", "k_norms"), ("v_codes", "v_norms")):
+        got.append(unpack(fields[codes][block, offset]))
+        got.append(fields[norms][block, offset].contiguous().view(FLOAT32).squeeze(-1))
+    return tuple(got)
+
+
+def paged_slots(
+    seq_lens: Sequence[int], page: int, block_ids: Sequence[int]
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Hand the blocks out in order: (blocks of each sequence, slot of each token in sequence order)."""
+    blocks, slots, at = [], [], 0
+    for length in seq_lens:
+        count = -(-length // page)
+        mine = torch.tensor(block_ids[at : at + count], dtype=torch.int64)
+        at += count
+        token = torch.arange(length)
+        slots.append(mine[token // page] * page + token % page if count else token)
+        blocks.append(mine.tolist())
+    return blocks, torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64)
+
+
+@functools.lru_cache(maxsize=32)
+def quantizer(
+    head_dim: int, rotation: str | None, device: str, norm_correction: bool = False
+) -> tq4.Quantizer:
+    return tq4.Quantizer(head_dim, rotation=rotation, device=device, norm_correction=norm_correction)
+
+
+def build(
+    case: Case,
+    device: str = "cpu",
+    *,
+    spare_blocks: int = 3,
+    block_ids: Sequence[int] | None = None,
+    num_blocks: int | None = None,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    wild_table: bool = False,
+) -> Problem:
+    """Tensors for a case: pages shuffled, spare pages and tails poisoned, block_table padded with garbage.
+
+    The garbage names a poisoned page; with ``wild_table`` it lies outside the cache, so that following it is
+    a fault.  ``qkv`` gives q [sum T, Hq, D] and k, v [sum L, Hkv, D] instead of random ones.
+    """
+    gen = torch.Generator(device).manual_seed(1000 + case.seed)
+    order = random.Random(case.seed)
+    d, hkv, hq = case.head_dim, case.kv_heads, case.kv_heads * case.group
+    total_q, total_k = sum(case.query_lens), sum(case.seq_lens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen, device=device)
+
+    if qkv is None:
+        q, k, v = normal(total_q, hq, d), normal(total_k, hkv, d), normal(total_k, hkv, d)
+        if case.data == "outliers":
+            q[::37] *= 20
+            q[:, :, 5] *= 10
+    else:
+        q, k, v = (t.to(device=device, dtype=FLOAT32) for t in qkv)
+
+    needed = sum(-(-n // case.page) for n in case.seq_lens)
+    if block_ids is None:
+        num_blocks = needed + spare_blocks
+        block_ids = order.sample(range(num_blocks), num_blocks)
+    spare = block_ids[needed] if len(block_ids) > needed else num_blocks - 1
+    blocks, slots = paged_slots(case.seq_lens, case.page, block_ids)
+    slots = slots.to(device)
+
+    quant = quantizer(d, case.rotation, device, case.norm_correction)
+    ki, kn, _ = encode(k, quant.k_rotation, quant.k_centroids, quant.k_boundaries, case.norm_correction)
+    vi, vn, _ = encode(v, quant.v_rotation, quant.v_centroids, quant.v_boundaries, case.norm_correction)
+    cache = new_cache(case, num_blocks, device)
+    write_tokens(cache, slots, ki, kn, vi, vn)
+
+    width = max((len(b) for b in blocks), default=0) + 2
+    garbage = [2**31 - 1, -(2**31), -1, num_blocks] if wild_table else [spare]
+    table = [b + [order.choice(garbage) for _ in range(width - len(b))] for b in blocks]
+
+    rows = total_q + case.padding_rows
+    q_all = torch.full((rows, hq, d), math.nan, device=device, dtype=case.dtype)
+    q_all[:total_q] = q.to(case.dtype)
+    if case.strided:  # as if sliced out of a fused qkv projection
+        wide = torch.full((rows, hq + 2 * hkv, d), math.nan, device=device, dtype=case.dtype)
+        wide[:, :hq] = q_all
+        q_all = wide[:, :hq]
+
+    starts = list(itertools.accumulate(case.query_lens, initial=0))
+    i32 = functools.partial(torch.tensor, dtype=torch.int32, device=device)
+    return Problem(
+        case=case,
+        quantizer=quant,
+        cache=cache,
+        block_table=i32(table).reshape(len(table), width),
+        seq_lens=i32(case.seq_lens),
+        query_start_loc=i32(starts),
+        q=q_all,
+        sinks=normal(hq) if case.sinks else None,
+        k_index=ki,
+        k_norm=kn,
+        v_index=vi,
+        v_norm=vn,
+        slots=slots,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+def visible(length: int, queries: int, case: Case, device) -> torch.Tensor:
+    """Bool [queries, length]: which keys a query may see.  Query t sits at length - queries + t."""
+    position = (torch.arange(queries, device=device) + (length - queries))[:, None]
+    key = torch.arange(length, device=device)[None, :]
+    left, right = case.window
+    seen = torch.ones(queries, length, dtype=torch.bool, device=device)
+    if case.causal:
+        seen &= key <= position
+    if left >= 0:
+        seen &= key >= position - left
+    if right >= 0:
+        seen &= key <= position + right
+    return seen
+
+
+def answer(
+    problem: Problem, *, int8: bool, dtype: torch.dtype = FLOAT32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [T, Hq, D], lse [Hq, T]) of a problem in ``dtype``, one sequence at a time.
+
+    ``int8=False``: exact attention over the cache.  ``int8=True``: the INT8 recipe (int8 queries with one
+    scale a row, int8 key codes, P and V' in fp16).
+    """
+    case, quant = problem.case, problem.quantizer
+    hq, hkv, group, d = case.kv_heads * case.group, case.kv_heads, case.group, case.head_dim
+    device = problem.q.device
+    out = torch.zeros(problem.num_tokens, hq, d, dtype=dtype, device=device)
+    lse = torch.full((hq, problem.num_tokens), -math.inf, dtype=dtype, device=device)
+    q_at = k_at = 0
+    for length, queries in zip(case.seq_lens, case.query_lens, strict=True):
+        q = problem.q[q_at : q_at + queries].to(FLOAT32 if int8 else dtype)
+        keys = slice(k_at, k_at + length)
+        rows = slice(q_at, q_at + queries)
+        q_at, k_at = q_at + queries, k_at + length
+        if not queries:
+            continue
+        if quant.k_rotation is not None:
+            q = q @ quant.k_rotation.to(q.dtype).T
+        if int8:
+            s_q = q.abs().amax(-1, keepdim=True) / 127
+            q8 = torch.where(s_q > 0, q / s_q, 0.0).round().clamp(-127, 127)
+            q = q8.to(dtype)
+            k = quant.k_codes.to(dtype)[problem.k_index[keys].long()]
+            k_scale = problem.k_norm[keys].to(dtype) * quant.k_code_scale
+            v = quant.v_centroids.half().float()[problem.v_index[keys].long()]
+            v = (v * problem.v_norm[keys].unsqueeze(-1)).half().to(dtype)
+        else:
+            k = decode(problem.k_index[keys], problem.k_norm[keys], quant.k_centroids, dtype)
+            v = decode(problem.v_index[keys], problem.v_norm[keys], quant.v_centroids, dtype)
+        # [Hkv, group * T, ...], queries of one KV head together
+        q = q.view(queries, hkv, group, d).permute(1, 2, 0, 3).reshape(hkv, group * queries, d)
+        s = q @ k.permute(1, 2, 0) * case.scale
+        if int8:
+            row_scale = s_q.to(dtype).view(queries, hkv, group).permute(1, 2, 0).reshape(hkv, -1, 1)
+            s = s * row_scale * k_scale.T[:, None, :]
+        s = s.view(hkv, group, queries, length)
+        if case.softcap:
+            s = case.softcap * torch.tanh(s / case.softcap)
+        s = s.masked_fill(~visible(length, queries, case, device), -math.inf)
+        top = (
+            s.amax(-1, keepdim=True)
+            if length
+            else torch.full_like(s[..., :0].sum(-1, keepdim=True), -math.inf)
+        )
+        if problem.sinks is not None:
+            sink = problem.sinks.to(dtype).view(hkv, group, 1, 1)
+            top = torch.maximum(top, sink)
+        floor = torch.where(top.isneginf(), 0.0, top)  # a row that sees nothing: exp(-inf - 0) = 0
+        p = torch.exp(s - floor)
+        total = p.sum(-1, keepdim=True)
+        if problem.sinks is not None:
+            total = total + torch.exp(sink - floor)
+        if int8:
+            p = p.half().to(dtype)
+        o = p.view(hkv, group * queries, length) @ v.permute(1, 0, 2)
+        o = o.view(hkv, group, queries, d) / torch.where(total > 0, total, 1.0)
+        o = o.permute(2, 0, 1, 3).reshape(queries, hq, d)
+        if quant.v_rotation is not None:
+            o = o @ quant.v_rotation.to(dtype)
+        out[rows] = o
+        lse[:, rows] = (floor + torch.log(total)).view(hq, queries)
+    return out, lse
+
+
+@functools.lru_cache(maxsize=3)
+def solved(case: Case, device: str) -> tuple[Problem, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """A problem with its answers {"exact": (out, lse), "recipe": (out, lse)}, kept for the next backend."""
+    problem = build(case, device)
+    return problem, {"exact": answer(problem, int8=False), "recipe": answer(problem, int8=True)}
+
+
+# ------------------------------------------------------------------------------------------------ calls
+
+
+def poisoned_out(problem: Problem) -> torch.Tensor:
+    """NaN-filled output shaped (and, for a strided case, strided) like q."""
+    rows, hq, d = problem.q.shape
+    wide = torch.full((rows, hq + 1 if problem.case.strided else hq, d), math.nan, dtype=problem.q.dtype)
+    return wide.to(problem.q.device)[:, :hq]
+
+
+def run(
+    problem: Problem, backend: str | None, op: str = "prefill", **changes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ask one backend.  Returns (out [T, Hq, D], lse [Hq, T]); fails when a padding row was written."""
+    case = problem.case
+    out = changes.pop("out", None)
+    out = poisoned_out(problem) if out is None else out
+    # one token a sequence is asked in decode's short form
+    short = op == "decode" and all(n == 1 for n in case.query_lens) and not case.padding_rows
+    options = dict(
+        num_kv_heads=case.kv_heads,
+        sm_scale=case.sm_scale,
+        causal=case.causal,
+        window=case.window,
+        softcap=case.softcap,
+        sinks=problem.sinks,
+        int8=case.int8,
+        max_query_len=max(case.query_lens, default=0),
+        out=out,
+        return_lse=True,
+        backend=backend,
+    )
+    options.update(changes)
+    args = [problem.q, problem.cache, problem.block_table, problem.seq_lens]
+    if op == "prefill":
+        args.append(problem.query_start_loc)
+    elif not short:
+        options["query_start_loc"] = problem.query_start_loc
+    got, lse = getattr(tq4, op)(*args, problem.quantizer, **options)
+    assert got.data_ptr() == out.data_ptr(), f"{op}: out= was not written in place"
+    tokens = problem.num_tokens
+    assert out[tokens:].isnan().all(), f"{op} wrote rows past query_start_loc[-1]"
+    return out[:tokens], lse[:, :tokens]
