@@ -95,7 +95,7 @@ def cuda_extension(toolkit: cuda_build.Toolkit):
 
     extension = cpp_extension.CppExtension(
         "tq4._C",
-        sources["bindings"],
+        sources["bindings"] + cuda_build.host_sources(),
         include_dirs=include_dirs,
         py_limited_api=True,  # no Python symbol is used at all
         extra_compile_args={"cxx": cxx_flags},

@@ -89,7 +89,8 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
     if number[:2] < minimum:
         return None, f"{nvcc} is CUDA {number[0]}.{number[1]}, needed is {minimum[0]}.{minimum[1]} or later"
     targets = sorted(home.glob("targets/*-linux"))
-    include_dirs = tuple(d / "include" for d in (home, *targets) if (d / "include" / "cuda_runtime.h").exists())
+    headers = [d / "include" for d in (home, *targets)]
+    include_dirs = tuple(d for d in headers if (d / "cuda_runtime.h").exists())
     if not include_dirs:
         return None, f"cuda_runtime.h is not under {home}: the CUDA runtime headers are not installed"
     libraries = [d / lib for d in (home, *targets) for lib in ("lib64", "lib")]
@@ -171,12 +172,15 @@ def plan_archs(requested: str, gpu_codes: tuple[str, ...]) -> ArchPlan:
     for entry in entries:
         match = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", entry)
         if match is None:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not an architecture such as 8.0, 9.0a or 9.0+PTX")
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: expected the like of 8.0, 9.0a or 9.0+PTX, got {entry!r}"
+            )
         arch = match.group(1)
         if _order(arch) < (8, 0):
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {entry!r}: the kernels need compute capability 8.0 or later")
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: the kernels need 8.0 or later, got {entry!r}")
         if "sm_" + arch.replace(".", "") not in gpu_codes:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {entry!r}: this nvcc generates {', '.join(gpu_codes)} only")
+            known = ", ".join(gpu_codes)
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: this nvcc generates {known} only, got {entry!r}")
         portable.add(arch)
         if match.group(3):
             ptx.add(arch)
@@ -242,10 +246,15 @@ def kernel_groups(plan: ArchPlan) -> list[tuple[list[str], list[str]]]:
     """(sources, nvcc flags) for every distinct set of flags, in the order of sources.json."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for entry in load_sources()["kernels"]:
-        if entry["group"] == "sm90a" and not plan.sm90a:
+        if entry["group"] == "host" or (entry["group"] == "sm90a" and not plan.sm90a):
             continue
         groups.setdefault(tuple(nvcc_flags(entry, plan)), []).append(entry["file"])
     return [(sources, list(flags)) for flags, sources in groups.items()]
+
+
+def host_sources() -> list[str]:
+    """C++ files of the library itself: launchers that choose among kernels."""
+    return [entry["file"] for entry in load_sources()["kernels"] if entry["group"] == "host"]
 
 
 def build_info(plan: ArchPlan | None, toolkit: Toolkit | None, torch_version: str, reason: str = "") -> dict:

@@ -1,0 +1,139 @@
+// Python view of the host-compilable device headers, for tests/test_host_maps.py (pybind11).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "device/prefill_schedule.cuh"
+#include "device/swizzle.cuh"
+#include "device/unpack4.cuh"
+#include "layout.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict view_to_dict(const tq4::PageView& view) {
+  py::dict fields;
+  fields["block_stride"] = view.block_stride;
+  fields["k_codes"] = view.k_codes;
+  fields["k_norms"] = view.k_norms;
+  fields["v_codes"] = view.v_codes;
+  fields["v_norms"] = view.v_norms;
+  fields["code_token_stride"] = view.code_token_stride;
+  fields["code_head_stride"] = view.code_head_stride;
+  fields["norm_token_stride"] = view.norm_token_stride;
+  fields["norm_head_stride"] = view.norm_head_stride;
+  fields["num_blocks"] = view.num_blocks;
+  fields["block_size"] = view.block_size;
+  fields["num_kv_heads"] = view.num_kv_heads;
+  fields["head_dim"] = view.head_dim;
+  return fields;
+}
+
+tq4::ByteTable make_table(const std::array<uint8_t, 16>& entries) {
+  uint32_t words[4] = {};
+  for (int i = 0; i < 16; ++i) words[i / 4] |= static_cast<uint32_t>(entries[i]) << (8 * (i % 4));
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The kernels take the head dimension as a template argument, Python as a number.
+template <typename Function>
+auto with_head_dim(int head_dim, Function&& function) {
+  switch (head_dim) {
+    case 64: return function(std::integral_constant<int, 64>{});
+    case 96: return function(std::integral_constant<int, 96>{});
+    case 128: return function(std::integral_constant<int, 128>{});
+    case 256: return function(std::integral_constant<int, 256>{});
+  }
+  throw std::invalid_argument("head_dim must be 64, 96, 128 or 256");
+}
+
+// (bytes of a row, offset of every [row][chunk])
+std::pair<int, std::vector<std::vector<int>>> half_tile(int head_dim, int rows) {
+  return with_head_dim(head_dim, [&](auto d) {
+    using Tile = tq4::HalfTile<d>;
+    std::vector<std::vector<int>> offsets(rows);
+    for (int row = 0; row < rows; ++row) {
+      for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+        offsets[row].push_back(Tile::offset(row, chunk));
+      }
+    }
+    return std::make_pair(Tile::kRowBytes, offsets);
+  });
+}
+
+// (bytes of a row, used bytes of a quarter, offset of every [row][quarter][chunk])
+template <int kElementBytes>
+std::tuple<int, int, std::vector<std::vector<std::vector<int>>>> key_tile(int head_dim, int rows) {
+  return with_head_dim(head_dim, [&](auto d) {
+    using Tile = tq4::KeyTile<d, kElementBytes>;
+    std::vector<std::vector<std::vector<int>>> offsets(rows, std::vector<std::vector<int>>(4));
+    for (int row = 0; row < rows; ++row) {
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+          offsets[row][quarter].push_back(Tile::offset(row, quarter, chunk));
+        }
+      }
+    }
+    return std::make_tuple(Tile::kRowBytes, Tile::kUsedBytes, offsets);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(host_maps, m) {
+  m.def("token_major_view",
+        [](int64_t num_blocks, int64_t heads, int64_t block_size, int64_t head_dim,
+           int64_t block_stride, int64_t row_stride) {
+          return view_to_dict(tq4::token_major_view(nullptr, num_blocks, heads, block_size,
+                                                    head_dim, block_stride, row_stride));
+        });
+  m.def("head_major_view",
+        [](int64_t num_blocks, int64_t heads, int64_t block_size, int64_t head_dim,
+           int64_t block_stride, int64_t head_stride) {
+          return view_to_dict(tq4::head_major_view(nullptr, num_blocks, heads, block_size, head_dim,
+                                                   block_stride, head_stride));
+        });
+  m.def("unpack_int8", [](uint32_t word, const std::array<uint8_t, 16>& table) {
+    uint32_t x[2];
+    tq4::unpack_int8(word, make_table(table), x[0], x[1]);
+    std::vector<int> bytes;
+    for (int i = 0; i < 8; ++i) bytes.push_back(x[i / 4] >> (8 * (i % 4)) & 0xff);
+    return bytes;
+  });
+  m.def("unpack_fp16", [](uint32_t word, const std::array<uint8_t, 16>& high,
+                          const std::array<uint8_t, 16>& low) {
+    uint32_t words[4];
+    tq4::unpack_fp16(word, make_table(high), make_table(low), words);
+    std::vector<int> halves;
+    for (int i = 0; i < 8; ++i) halves.push_back(words[i / 2] >> (16 * (i % 2)) & 0xffff);
+    return halves;
+  });
+  m.def("half_tile", &half_tile);
+  m.def("key_tile", [](int head_dim, int element_bytes, int rows) {
+    if (element_bytes == 1) return key_tile<1>(head_dim, rows);
+    if (element_bytes == 2) return key_tile<2>(head_dim, rows);
+    throw std::invalid_argument("element_bytes must be 1 or 2");
+  });
+  m.def("prefill_slots", &tq4::prefill_slots);
+  // One (seq, q_begin, q_len, first_row) per slot.
+  m.def("prefill_tiles", [](const std::vector<int32_t>& query_start_loc, int group, int rows) {
+    const int num_seqs = static_cast<int>(query_start_loc.size()) - 1;
+    const int64_t slots = tq4::prefill_slots(query_start_loc.back(), group, rows, num_seqs);
+    std::vector<std::tuple<int, int, int, int>> tiles;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const tq4::PrefillTile tile =
+          tq4::find_prefill_tile(query_start_loc.data(), num_seqs, group, rows, slot);
+      tiles.emplace_back(tile.seq, tile.q_begin, tile.q_len, tile.first_row);
+    }
+    return tiles;
+  });
+  m.def("visible_keys", [](int first, int last, int left, int right, int num_keys) {
+    const tq4::KeyRange range = tq4::visible_keys(first, last, left, right, num_keys);
+    return std::make_pair(range.begin, range.end);
+  });
+}
