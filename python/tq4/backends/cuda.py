@@ -19,7 +19,7 @@ _MIN_MAJOR = 8
 
 @lru_cache(maxsize=1)
 def build_info() -> dict[str, Any]:
-    """What the build recorded in ``_build_info.json`` ("archs", "nvcc", "reason", ...); empty when unknown."""
+    """What the build recorded in ``_build_info.json`` ("archs", "nvcc", "reason"); empty when unknown."""
     try:
         info = json.loads((_PACKAGE / "_build_info.json").read_text())
     except (OSError, ValueError):

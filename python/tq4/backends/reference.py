@@ -7,7 +7,7 @@ here, in the Triton and in the CUDA kernels:
     [2] quantise    q8, s_q (INT8 mode), one scale per row
     [3] scores      S = q_rot . K'        (INT8: q8 . k8, times the scales and the key's norm)
     [4] mask        soft cap, length, causal, window
-    [5] softmax     running nothing: the whole row is there
+    [5] softmax     over the whole row at once
     [6] values      O = P V'
     [7] rotate back out = O @ R
 
@@ -110,7 +110,7 @@ def encode(
 
 
 def unpack(codes: torch.Tensor) -> torch.Tensor:
-    """Indices 0..15 as int32 ``[..., D]`` of code bytes ``[..., D / 2]``; even dimensions are high nibbles."""
+    """Indices 0..15 as int32 ``[..., D]`` of code bytes ``[..., D / 2]``; even ones are high nibbles."""
     return torch.stack([codes >> 4, codes & 15], -1).flatten(-2).int()
 
 
@@ -261,6 +261,8 @@ def prefill(
         softcap=softcap,
         sinks=sinks,
         int8=(k_codes, k_code_scale) if int8 else None,
+        # fp32 products may be TF32 on a GPU; float64 ones never are.
+        dtype=torch.float64 if q.is_cuda and not int8 else torch.float32,
     )
     # Rows past query_start_loc[B] are padding and stay as they are.
     rows = result.shape[0]
