@@ -173,8 +173,8 @@ class PagedCache:
         """
         if not 0 <= start <= stop <= len(blocks) * self.block_size:
             raise ValueError(
-X
-                f"{self.block_size}), got {start} .. {stop}"
+                f"stop: expected 0 <= start <= stop <= {len(blocks) * self.block_size} ({len(blocks)} "
+                f"blocks of {self.block_size}), got {start} .. {stop}"
             )
         tokens = torch.arange(start, stop, device="cpu")
         table = torch.tensor(list(blocks), dtype=torch.int64, device="cpu")

@@ -1,0 +1,57 @@
+"""Configuration of the test suite.
+
+Without a CUDA GPU the Triton kernels run in Triton's interpreter; TRITON_INTERPRET must be set before triton
+is first imported, hence here.  Tests marked ``gpu`` are skipped there.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+try:
+    import tq4  # the installed package
+except ImportError:
+    sys.path.insert(0, str(ROOT / "python"))
+    import tq4
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
+
+
+def pytest_report_header() -> str:
+    gpu = torch.cuda.get_device_name() if HAS_GPU else "no CUDA GPU (Triton interpreted)"
+    ready = ", ".join(name for name, (ok, _) in tq4.available_backends().items() if ok)
+    return f"tq4 from {Path(tq4.__file__).parent}; torch {torch.__version__}; {gpu}; backends: {ready}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="no CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Every test begins with the same seeds and with the automatic backend."""
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    tq4.set_backend(None)
