@@ -14,6 +14,7 @@ app = typer.Typer(
     help="Attention over a 4-bit TurboQuant (TQ4) KV cache.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -90,7 +91,7 @@ def demo(
     ] = None,
     tokens: Annotated[
         Optional[int],  # noqa: UP007, UP045
-        typer.Option(min=2, help="Tokens [default: the file's; generated: 4096 on a GPU, 256 on a CPU]."),
+        typer.Option(min=2, help="Tokens [default: the file's; generated: 4096 on a GPU, 1024 on a CPU]."),
     ] = None,
     q_heads: Annotated[int, typer.Option(min=1, help="Query heads of the generated data.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="KV heads of the generated data.")] = 8,

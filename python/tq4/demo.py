@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,7 +37,7 @@ from .cache import PagedCache
 from .layout import HEAD_DIMS, token_bytes
 from .quantizer import Quantizer
 
-_GENERATED_TOKENS = {"cuda": 4096, "cpu": 256}
+_GENERATED_TOKENS = {"cuda": 4096, "cpu": 1024}
 _BLOCK_OF_QUERIES = 256  # of the fp32 yardsticks: bounds the score matrix to Hq * 256 * T
 
 
@@ -456,7 +457,7 @@ def _measure(
     last = torch.cat(
         [torch_attention(q[i : i + 1], k[: i + 1], v[: i + 1], False) for i in range(first, tokens)]
     )
-    peer = f"torch SDPA, dense {settings.dtype}"
+    peer = "torch SDPA, dense"
     prefills.append(Row("prefill", peer, _relative(whole, unquantised[0]), None, peer_ms[0], None))
     decodes.append(Row("decode", peer, _relative(last, unquantised[1]), None, peer_ms[1], None))
     advance(None)
@@ -495,51 +496,47 @@ def _measure(
 # ---- Output
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
 def _bytes(count: int) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
-            return f"{count / size:.2f} {unit}"
+            return f"{count / size:.3g} {unit}"
     return f"{count} B"
 
 
 def columns() -> tuple[str, ...]:
-    """The header of the table."""
-    return (
-        "step",
-        "implementation",
-        "error vs unquantised",
-        "error vs exact, same cache",
-        "time, ms",
-        "vs torch SDPA",
-    )
+    """The header of the table; errors are relative (Frobenius norms)."""
+    return ("step", "by", "error vs\nunquantised", "vs exact,\nsame cache", "ms", "SDPA ms\n/ ms")
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table as text."""
-    return (
-        row.step,
-        row.implementation,
-        _number(row.vs_unquantised, ".4f"),
-        _number(row.vs_same_cache, ".5f"),
-        _number(row.ms, ".3g" if row.ms is not None and row.ms < 100 else ".0f"),
-        "" if row.speedup is None else f"{row.speedup:.2f}x",
-    )
+def table(result: Result) -> list[tuple[str, ...]]:
+    """The table as text, one tuple a row, in the order of :func:`columns`."""
+    ratio = f"{result.fp16_bytes / result.cache_bytes:.2f}x"
+    size = f"{_bytes(result.cache_bytes // 2)}, fp16 {_bytes(result.fp16_bytes // 2)}: {ratio}"
+    rows = [
+        ("cache, K", size, f"{result.key_error:.4f}", "", "", ""),
+        ("cache, V", size, f"{result.value_error:.4f}", "", "", ""),
+    ]
+    for row in result.rows:
+        rows.append(
+            (
+                row.step,
+                row.implementation,
+                "" if row.vs_unquantised is None else f"{row.vs_unquantised:.4f}",
+                "" if row.vs_same_cache is None else f"{row.vs_same_cache:.5f}",
+                "" if row.ms is None else format(row.ms, ".3g" if row.ms < 1000 else ".0f"),
+                "" if row.speedup is None else f"{row.speedup:.2f}",
+            )
+        )
+    return rows
 
 
 def headline(result: Result) -> str:
-    """Shape and size of the cache in one or two sentences."""
+    """What was run, in one sentence."""
     shape = result.shape
     return (
-        f"{result.device}, {shape['q_heads']} query / {shape['kv_heads']} KV heads, D = {shape['head_dim']}, "
-        f"{shape['prefill']} tokens prefilled, {shape['decode']} decoded, {result.dtype}, "
-        f"page {shape['page']}, {result.layout}, {result.rotation} rotation. "
-        f"Cache: {_bytes(result.cache_bytes)} against {_bytes(result.fp16_bytes)} in fp16, "
-        f"{result.fp16_bytes / result.cache_bytes:.2f} times smaller; "
-        f"error of decoded keys {result.key_error:.4f}, of values {result.value_error:.4f}."
+        f"{result.data}; {result.device}, {shape['q_heads']} query / {shape['kv_heads']} KV heads, "
+        f"D = {shape['head_dim']}, {shape['prefill']} tokens prefilled, {shape['decode']} decoded, "
+        f"{result.dtype}, page {shape['page']}, {result.layout}, {result.rotation} rotation"
     )
 
 
@@ -551,14 +548,21 @@ def to_json(result: Result) -> str:
 def show(result: Result, console: Console | None = None) -> None:
     """Print the table."""
     console = console or Console()
-    table = Table(title=f"TQ4 on {result.data}", title_justify="left", caption_justify="left")
-    table.caption = "\n".join([headline(result), *result.notes])
+    grid = Table(
+        title=headline(result),
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    grid.caption = "\n".join(result.notes) or None
     for index, name in enumerate(columns()):
-        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
-    step = None
-    for row in result.rows:
-        if step not in (None, row.step):
-            table.add_section()
-        step = row.step
-        table.add_row(*cells(row))
-    console.print(table)
+        grid.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+    group = None
+    for row in table(result):
+        if group not in (None, row[0][:5]):
+            grid.add_section()
+        group = row[0][:5]
+        grid.add_row(*row)
+    console.print(grid)
