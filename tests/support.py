@@ -9,6 +9,7 @@ rows.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoise
@@ -47,6 +48,8 @@ TOLERANCES = {
     # fp16 mode (no INT8) against exact attention
     "fp16": Bound(2e-3),
 }
+#: Rounding of an output to its dtype, allowed on top of every bound: half a unit in the last place.
+OUTPUT_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0}
 #: LSE, absolute: the INT8 recipe against itself, and against exact attention.
 LSE_TOLERANCE = {"recipe": 2e-3, "recipe-rotated": 1e-2, "fp16": 5e-3, "exact": 1e-1}
 #: Indices may differ where a coordinate is this close to a boundary; norms by this much, relative.
@@ -146,13 +149,16 @@ def real_qkv() -> dict[str, torch.Tensor]:
 
 @memoise
 def _load_qkv() -> dict[str, torch.Tensor]:
-    for folder in (ROOT.parent / "shared", ROOT / "shared"):
-        path = folder / "data" / "qkv_layer3.safetensors"
+    folders = [ROOT.parent / "shared" / "data", ROOT / "shared" / "data"]
+    if os.environ.get("TQ4_DATA_DIR"):
+        folders.insert(0, Path(os.environ["TQ4_DATA_DIR"]))
+    for folder in folders:
+        path = folder / "qkv_layer3.safetensors"
         if path.is_file():
             from safetensors.torch import load_file
 
             return load_file(path)
-    pytest.skip("no real q, k, v: ../shared/data/qkv_layer3.safetensors is not there")
+    pytest.skip("no real q, k, v: neither TQ4_DATA_DIR nor ../shared/data has qkv_layer3.safetensors")
 
 
 def vectors(
