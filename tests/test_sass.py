@@ -1,0 +1,115 @@
+"""The machine code of the built extension: tensor-core instructions, no spills and no local memory.
+
+Needs no GPU, only the extension and a cuobjdump (the CUDA toolkit has one, and so has the triton package).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+import tq4
+
+PACKAGE = Path(tq4.__file__).parent
+EXTENSION = PACKAGE / "_C.so"
+HEAD_DIMS = (64, 96, 128, 256)
+
+pytestmark = pytest.mark.skipif(
+    not EXTENSION.exists(), reason="no CUDA extension was built (no nvcc, or TQ4_BUILD_CUDA=0)"
+)
+
+
+def _cuobjdump() -> tuple[str, dict[str, str]]:
+    """The tool, and an environment in which it finds nvdisasm beside itself."""
+    places = [shutil.which("cuobjdump")]
+    if os.environ.get("CUDA_HOME"):
+        places.append(str(Path(os.environ["CUDA_HOME"]) / "bin" / "cuobjdump"))
+    places.append("/usr/local/cuda/bin/cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        places.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
+    for place in places:
+        if place and os.access(place, os.X_OK):
+            folder = str(Path(place).resolve().parent)
+            return place, {**os.environ, "PATH": folder + os.pathsep + os.environ.get("PATH", "")}
+    pytest.skip("no cuobjdump: neither a CUDA toolkit with it nor the triton package is installed")
+
+
+def _run(*options: str) -> str:
+    tool, environment = _cuobjdump()
+    done = subprocess.run([tool, *options, str(EXTENSION)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def instructions() -> dict[tuple[str, str], Counter]:
+    """Instruction counts by (architecture, mangled kernel name)."""
+    counts: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    arch = name = ""
+    for line in _run("-sass").splitlines():
+        if match := re.match(r"\s*code for (sm_\w+)", line):
+            arch = match.group(1)
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            name = match.group(1)
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            counts[arch, name][match.group(1)] += 1
+    assert counts, "cuobjdump printed no code"
+    return counts
+
+
+def _built_archs() -> list[str]:
+    archs = json.loads((PACKAGE / "_build_info.json").read_text())["archs"]
+    return ["sm_" + arch.replace(".", "") for arch in archs if not arch.endswith("+PTX")]
+
+
+def test_code_for_every_recorded_architecture(instructions):
+    assert sorted({arch for arch, _ in instructions}) == sorted(_built_archs())
+
+
+def test_portable_kernels_are_there_for_every_plain_architecture(instructions):
+    plain = [arch for arch in _built_archs() if arch[-1].isdigit()]
+    for kernel in ("prefill_kernel", "decode", "store", "gather", "compress"):
+        for arch in plain:
+            assert any(a == arch and kernel in name for a, name in instructions), (arch, kernel)
+
+
+def test_int8_prefill_uses_both_tensor_core_products(instructions):
+    found = defaultdict(set)
+    for (arch, name), counts in instructions.items():
+        match = re.search(r"sm80.*prefill_kernel.*PrefillConfigILi(\d+)ELb([01])E", name)
+        if match is None:
+            continue
+        head_dim, int8 = int(match.group(1)), match.group(2) == "1"
+        found[arch].add((head_dim, int8))
+        assert counts["HMMA.16816.F32"] > 0, (arch, name)
+        assert (counts["IMMA.16832.S8.S8"] > 0) == int8, (arch, name)
+    everything = {(head_dim, int8) for head_dim in HEAD_DIMS for int8 in (False, True)}
+    plain = [arch for arch in _built_archs() if arch[-1].isdigit()]
+    assert dict(found) == {arch: everything for arch in plain}
+
+
+def test_no_kernel_touches_local_memory(instructions):
+    for (arch, name), counts in instructions.items():
+        spills = {code: n for code, n in counts.items() if code.split(".")[0] in ("LDL", "STL")}
+        assert not spills, (arch, name, spills)
+
+
+def test_no_kernel_has_a_stack_or_local_memory():
+    name = ""
+    seen = 0
+    for line in _run("-res-usage").splitlines():
+        if match := re.match(r"\s*Function (\S+):", line):
+            name = match.group(1)
+        elif match := re.search(r"STACK:(\d+) .*LOCAL:(\d+)", line):
+            seen += 1
+            assert match.groups() == ("0", "0"), (name, line.strip())
+    assert seen > 0
