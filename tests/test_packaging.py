@@ -270,9 +270,17 @@ def test_readme_tables_are_those_of_the_records():
 
 def test_readme_commands_exist():
     text = (ROOT / "README.md").read_text()
-    for command in set(re.findall(r"\bscripts/\w+", text)):
-        assert os.access(ROOT / command, os.X_OK) or command.endswith("cuda_build"), command
-    assert "scripts/demo" in text and "scripts/test" in text
+    commands = set(re.findall(r"\bscripts/\w+(?:\.py)?", text))
+    assert {"scripts/demo", "scripts/test"} <= commands
+    for command in commands:
+        path = ROOT / command
+        assert path.exists() and (path.suffix == ".py" or os.access(path, os.X_OK)), command
+
+
+def test_readme_links_lead_somewhere():
+    for path in (ROOT / "README.md", ROOT / "third_party" / "README.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 def test_version_is_the_same_everywhere():

@@ -363,7 +363,7 @@ def run(settings: Settings, console: Console | None = None) -> Result:
         RuntimeError: the requested device is not there.
     """
     device = _device(settings.device)
-    name, (q, k, v) = _prepare(settings, device)
+    title, (q, k, v) = _prepare(settings, device)
     tokens, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     first = tokens - settings.decode_tokens  # tokens of the prefill
@@ -371,7 +371,10 @@ def run(settings: Settings, console: Console | None = None) -> Result:
         head_dim, rotation=settings.rotation, norm_correction=settings.norm_correction, device=device
     )
     # "cuda-sm80" is the same extension with its newer kernels switched off: for tests, not for a table.
-    backends = [name for name in ("cuda", "triton", "reference") if dispatch.availability(name, device)[0]]
+    # On a CPU there is the reference only, whether or not Triton's interpreter is switched on.
+    candidates = ("cuda", "triton", "reference") if device.type == "cuda" else ("reference",)
+    reasons = {name: dispatch.availability(name, device) for name in candidates}
+    backends = [name for name, (available, _) in reasons.items() if available]
 
     progress = Progress(
         SpinnerColumn(),
@@ -400,7 +403,7 @@ def run(settings: Settings, console: Console | None = None) -> Result:
         decoded = reference.gather()
         same_cache = yardstick(*decoded)
         result = Result(
-            data=name,
+            data=title,
             device=_device_name(device),
             shape={
                 "tokens": tokens,
@@ -420,10 +423,9 @@ def run(settings: Settings, console: Console | None = None) -> Result:
             value_error=_relative(decoded[1], v.float()),
         )
         _measure(settings, (q, k, v), quantizer, backends, unquantised, same_cache, result, advance)
-    for missing in ("cuda", "triton"):
-        available, reason = dispatch.availability(missing, device)
+    for name, (available, reason) in reasons.items():
         if not available:
-            result.notes.append(f"{missing} did not run: {reason}")
+            result.notes.append(f"{name} did not run: {reason}")
     return result
 
 
@@ -490,7 +492,7 @@ def _measure(
         advance(None)
     result.rows = stores + prefills + decodes
     if not race:
-        result.notes.append("No race on a CPU: its backend is the reference, written to be read.")
+        result.notes.append("The CUDA and Triton kernels need a GPU; the reference is written to be read, not to race.")
 
 
 # ---- Output
