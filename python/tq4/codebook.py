@@ -75,7 +75,7 @@ class _Sphere:
         self.norm = math.gamma(dim / 2.0) / (math.sqrt(math.pi) * math.gamma((dim - 1) / 2.0))
 
     def mass(self, low: float, high: float) -> float:
-        """P(low < X < high) by Gauss-Legendre quadrature (the density is smooth for dim >= 4)."""
+        """P(low < X < high) by Gauss-Legendre quadrature (the density is smooth enough from 8 dimensions)."""
         high = min(high, self.upper)
         half, middle = (high - low) / 2.0, (high + low) / 2.0
         total = 0.0
@@ -112,8 +112,8 @@ def _gauss_legendre(order: int) -> tuple[tuple[float, float], ...]:
 
 
 def _density(head_dim: int) -> _Gaussian | _Sphere:
-    if head_dim < 4 or head_dim % 2:
-        raise ValueError(f"head_dim: expected an even number of at least 4, got {head_dim}")
+    if head_dim < 8 or head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number of at least 8, got {head_dim}")
     return _Gaussian(head_dim) if head_dim >= GAUSSIAN_MIN_DIM else _Sphere(head_dim)
 
 
@@ -125,14 +125,15 @@ def centroids(head_dim: int) -> tuple[float, ...]:
     the midpoint of its neighbours) until nothing moves; symmetry is then exact by construction.
 
     Args:
-        head_dim: D, even, at least 4.
+        head_dim: D, even, at least 8.
 
     Raises:
         ValueError: naming ``head_dim``.
     """
     density = _density(head_dim)
     half = NUM_CENTROIDS // 2
-    points = [density.sigma * 3.0 * (i + 0.5) / half for i in range(half)]
+    reach = min(3.0 * density.sigma, density.upper)
+    points = [reach * (i + 0.5) / half for i in range(half)]
     tolerance = 1e-15 * density.sigma
     for _ in range(_MAX_ITERATIONS):
         edges = [0.0, *((a + b) / 2.0 for a, b in pairwise(points)), density.upper]
