@@ -31,6 +31,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
+    config.addinivalue_line("markers", "sanitizer: the reduced set that tests/sanitize.py runs for compute-sanitizer")
 
 
 def pytest_report_header() -> str:

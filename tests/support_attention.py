@@ -24,7 +24,16 @@ import pytest
 import torch
 
 import tq4
-from support import EXACT_BOUND, LSE_TOLERANCE, OUTPUT_ROUNDING, TOLERANCES, relative_error, worst_row
+from support import (
+    BOUNDARY_SLACK,
+    EXACT_BOUND,
+    LSE_TOLERANCE,
+    NORM_RELATIVE,
+    OUTPUT_ROUNDING,
+    TOLERANCES,
+    relative_error,
+    worst_row,
+)
 from tq4 import dispatch, layout
 
 POISON = 0xFF
@@ -359,15 +368,16 @@ def build(
     *,
     spare_blocks: int = 3,
     block_ids: Sequence[int] | None = None,
-    num_blocks: int | None = None,
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     wild_table: bool = False,
     quant: tq4.Quantizer | None = None,
+    cache: torch.Tensor | None = None,
 ) -> Problem:
     """Tensors for a case: pages shuffled, spare pages and tails poisoned, block_table padded with garbage.
 
     The garbage names a poisoned page; with ``wild_table`` it lies outside the cache, so that following it is
-    a fault.  ``qkv`` gives q [sum T, Hq, D] and k, v [sum L, Hkv, D] instead of random ones.
+    a fault.  ``block_ids`` are handed out in order, of ``cache`` if that is given.  ``qkv`` gives q
+    [sum T, Hq, D] and k, v [sum L, Hkv, D] instead of random ones.
     """
     gen = torch.Generator(device).manual_seed(1000 + case.seed)
     order = random.Random(case.seed)
@@ -386,17 +396,17 @@ def build(
         q, k, v = (t.to(device=device, dtype=FLOAT32) for t in qkv)
 
     needed = sum(-(-n // case.page) for n in case.seq_lens)
+    num_blocks = needed + spare_blocks if cache is None else cache.shape[0]
     if block_ids is None:
-        num_blocks = needed + spare_blocks
         block_ids = order.sample(range(num_blocks), num_blocks)
-    spare = block_ids[needed] if len(block_ids) > needed else num_blocks - 1
+    spare = block_ids[needed]
     blocks, slots = paged_slots(case.seq_lens, case.page, block_ids)
     slots = slots.to(device)
 
     quant = quant or quantizer(d, case.rotation, device, case.norm_correction)
     ki, kn, _ = encode(k, quant.k_rotation, quant.k_centroids, quant.k_boundaries, case.norm_correction)
     vi, vn, _ = encode(v, quant.v_rotation, quant.v_centroids, quant.v_boundaries, case.norm_correction)
-    cache = new_cache(case, num_blocks, device)
+    cache = new_cache(case, num_blocks, device) if cache is None else cache
     write_tokens(cache, slots, ki, kn, vi, vn)
 
     width = max((len(b) for b in blocks), default=0) + 2
@@ -657,3 +667,56 @@ def verify(case: Case, target: Target, op: str = "prefill") -> None:
     problem, answers = solved(case, target.device)
     out, lse = run(problem, target.backend, op)
     judge(problem, answers, out, lse, f"{op} {target}")
+
+
+def hold_tokens(
+    cache, slots, key, value, quant, who: str, rotate_k: bool = True, rotate_v: bool = True
+) -> None:
+    """The bytes of ``slots`` against steps 1 to 5 of the format in float64.
+
+    An index may differ by one where the rotated coordinate lies within 1e-5 of the boundary between the two;
+    a corrected norm is judged by the indices that were stored.
+    """
+    kv_heads, head_dim = key.shape[1:]
+    k_index, k_norm, v_index, v_norm = read_tokens(cache, slots, kv_heads, head_dim)
+    for name, x, index, norm, rotation, centroids, boundaries in (
+        (
+            "key",
+            key,
+            k_index,
+            k_norm,
+            quant.k_rotation if rotate_k else None,
+            quant.k_centroids,
+            quant.k_boundaries,
+        ),
+        (
+            "value",
+            value,
+            v_index,
+            v_norm,
+            quant.v_rotation if rotate_v else None,
+            quant.v_centroids,
+            quant.v_boundaries,
+        ),
+    ):
+        want, want_norm, y = encode(x, rotation, centroids, boundaries, dtype=torch.float64)
+        low, high = torch.minimum(index, want), torch.maximum(index, want)
+        boundary = boundaries.double()[low.long().clamp(max=14)]
+        excused = (high - low == 1) & ((y - boundary).abs() <= BOUNDARY_SLACK)
+        wrong = (index != want) & ~excused
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            pytest.fail(
+                f"{who}: {name}: {int(wrong.sum())} of {wrong.numel()} indices differ, first at {at}: "
+                f"{int(index[tuple(at)])}, expected {int(want[tuple(at)])} for y = {y[tuple(at)].item():.7g}",
+                pytrace=False,
+            )
+        if quant.norm_correction:
+            length = centroids.double()[index.long()].norm(dim=-1)
+            want_norm = torch.where(length > 0, want_norm / length, 0.0)
+        off = (norm.double() - want_norm).abs()
+        allowed = NORM_RELATIVE * want_norm + 1e-38  # below that fp32 has fewer bits
+        if not (off <= allowed).all():
+            pytest.fail(
+                f"{who}: {name}: norms off by {(off / want_norm).max().item():.3g} relative", pytrace=False
+            )

@@ -60,7 +60,7 @@ def hold(got: torch.Tensor, want: torch.Tensor, who: str) -> None:
 
 
 @pytest.mark.parametrize("rotate", [True, False], ids=["original", "rotated"])
-@on_cases(cpu=CASES_CPU, gpu=CASES)
+@on_cases(cpu=CASES_CPU, gpu=CASES[::2], gpu_all=CASES[1::2])
 def test_gather(case: Case, target: Target, rotate: bool) -> None:
     """Pages back to dense K and V; rows past the last sequence keep their poison."""
     target.require()
