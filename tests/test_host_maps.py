@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from tq4 import layout
+from tq4 import codebook, layout
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -133,6 +133,60 @@ def test_unpack_fp16_is_exact_for_any_centroids(host_maps):
         assert halves == [int(bits[code]) for code in _codes(word)]
 
 
+# ---- quantising -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_cell_table_finds_the_same_index_as_the_boundaries(host_maps, head_dim):
+    boundaries = torch.tensor(codebook.boundaries(codebook.centroids(head_dim)), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(head_dim)
+    values = torch.cat(
+        [
+            torch.randn(4000, generator=generator) / head_dim**0.5,
+            torch.linspace(-1, 1, 2001),
+            (boundaries[:, None] + torch.linspace(-2e-5, 2e-5, 101)).flatten(),
+        ]
+    )
+    usable, even, odd = host_maps.cell_indices(boundaries.tolist(), values.tolist())
+    assert usable
+    expected = torch.bucketize(values, boundaries)  # the number of boundaries below
+    clear = (values[:, None] - boundaries).abs().amin(-1) > 1e-5  # what the format demands
+    assert clear.sum() > 5000
+    for indices in (even, odd):
+        indices = torch.tensor(indices)
+        assert torch.equal(indices[clear], expected[clear])
+        assert (indices - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda b: [0.0] * 15,
+        lambda b: list(reversed(b)),
+        lambda b: [*b[:7], float("nan"), *b[8:]],
+        lambda b: [*b[:14], float("inf")],
+        lambda b: [1e-5 * i for i in range(14)] + [0.5],
+    ],
+)
+def test_cell_table_recognises_boundaries_it_cannot_serve(host_maps, spoil):
+    boundaries = [float(x) for x in codebook.boundaries(codebook.centroids(128))]
+    assert host_maps.cell_indices(boundaries, [0.0])[0]
+    assert not host_maps.cell_indices(spoil(boundaries), [0.0])[0]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_fragment_maps_are_bijections_with_common_blocks(host_maps, head_dim):
+    entries = np.array(host_maps.fragment_map(head_dim))
+    assert sorted(entries[:, 4]) == sorted(entries[:, 5]) == list(range(head_dim))
+    for block in range(head_dim // 16):
+        mine = entries[entries[:, 0] == block]
+        assert set(mine[:, 4]) == set(mine[:, 5]) and len(mine) == 16
+    # A pair shares a code byte: neighbouring dims, the even one first.
+    for column in (4, 5):
+        pairs = entries[:, column].reshape(-1, 2)
+        assert (pairs[:, 0] % 2 == 0).all() and (pairs[:, 1] == pairs[:, 0] + 1).all()
+
+
 # ---- swizzles ---------------------------------------------------------------------------------
 
 
@@ -219,3 +273,44 @@ def test_visible_keys_does_not_overflow(host_maps):
     largest = 2**31 - 1
     assert host_maps.visible_keys(5, 9, largest, largest, 100) == (0, 100)
     assert host_maps.visible_keys(-(2**30), 2**30, -1, -1, 2**31 - 1)[0] == 0
+
+
+def _visible_tiles(length, queries, left, right):
+    position = np.arange(length - queries, length)[:, None]
+    key = np.arange(length)[None, :]
+    mask = np.ones((queries, length), dtype=bool)
+    if left >= 0:
+        mask &= key >= position - left
+    if right >= 0:
+        mask &= key <= position + right
+    visible = np.flatnonzero(mask.any(axis=0))
+    return set(range(visible[0] // 16, visible[-1] // 16 + 1)) if visible.size else set()
+
+
+@pytest.mark.parametrize("grid", [1, 7, 132])
+def test_decode_shares_cover_every_visible_tile_once_and_evenly(host_maps, grid):
+    rng = random.Random(grid)
+    for _ in range(150):
+        lengths = [rng.choice([0, 1, rng.randrange(700)]) for _ in range(rng.randrange(1, 8))]
+        starts = [0]
+        for _length in lengths:
+            starts.append(starts[-1] + rng.randrange(4))
+        if rng.random() < 0.5:
+            starts = []
+        left, right = rng.choice([-1, rng.randrange(200)]), rng.choice([-1, 0])
+        chunks, cost = rng.randrange(1, 4), rng.randrange(1, 4)
+        segments = host_maps.decode_segments(lengths, starts, left, right, chunks, cost, grid)
+        covered = [(s, c, tile) for _, s, c, begin, end in segments for tile in range(begin, end)]
+        expected = set()
+        for seq, length in enumerate(lengths):
+            queries = starts[seq + 1] - starts[seq] if starts else 1
+            tiles = _visible_tiles(length, queries, left, right) if length else set()
+            expected |= {(seq, chunk, tile) for chunk in range(chunks) for tile in tiles}
+        assert len(covered) == len(set(covered))
+        assert set(covered) == expected
+        # No share is larger than an equal one, rounded up.
+        units = {(s, c) for s, c, _ in expected}
+        total = len(expected) + cost * len(units)
+        for cta in range(grid):
+            mine = sum(end - begin for k, _, _, begin, end in segments if k == cta)
+            assert mine <= -(-total // grid)

@@ -3,10 +3,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "device/cell_table.cuh"
+#include "device/decode_plan.h"
+#include "device/fragment_map.cuh"
 #include "device/prefill_schedule.cuh"
 #include "device/swizzle.cuh"
 #include "device/unpack4.cuh"
@@ -83,6 +88,80 @@ std::tuple<int, int, std::vector<std::vector<std::vector<int>>>> key_tile(int he
   });
 }
 
+// [(block, high, t, odd, dim by the chunk map, dim by the quarter map)]
+std::vector<std::array<int, 6>> fragment_map(int head_dim) {
+  return with_head_dim(head_dim, [](auto d) {
+    using Map = tq4::FragmentMap<d>;
+    std::vector<std::array<int, 6>> entries;
+    for (int block = 0; block < Map::kBlocks; ++block) {
+      for (int i = 0; i < 16; ++i) {
+        const int high = i >> 3, t = i >> 1 & 3, odd = i & 1;
+        entries.push_back({block, high, t, odd, Map::chunk_dim(block, high, t, odd),
+                           Map::quarter_dim(block, high, t, odd)});
+      }
+    }
+    return entries;
+  });
+}
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Indices of values among 15 boundaries by the cell table: (usable, as even dims, as odd dims).
+std::tuple<bool, std::vector<int>, std::vector<int>> cell_indices(
+    const std::array<float, 15>& boundaries, const std::vector<float>& values) {
+  const tq4::CellAxis axis = tq4::make_cell_axis(boundaries.data());
+  tq4::Cell cells[tq4::kCells];
+  bool usable = true;
+  for (int c = 0; c < tq4::kCells; ++c) {
+    cells[c] = tq4::make_cell(boundaries.data(), axis, c);
+    usable = usable && cells[c].exact;
+  }
+  std::vector<int> even, odd;
+  for (float y : values) {
+    const float u = tq4::cell_position(axis, y);
+    const tq4::Cell& cell = cells[bits_of(std::fma(u, tq4::kCellSpan, 8388608.f)) & 31];
+    even.push_back(bits_of(std::fma(u, tq4::kCellStep, cell.even_intercept)) >> 19 & 15);
+    odd.push_back(bits_of(std::fma(u, tq4::kCellStep, cell.odd_intercept)) >> 15 & 15);
+  }
+  return {usable, even, odd};
+}
+
+// [(cta, seq, chunk, first tile, end tile)] of a decode batch over a grid.
+std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_lens,
+                                                const std::vector<int32_t>& query_start_loc,
+                                                int window_left, int window_right, int num_chunks,
+                                                int segment_cost, int grid) {
+  tq4::DecodeBatch batch{};
+  batch.seq_lens = seq_lens.data();
+  batch.query_start_loc = query_start_loc.empty() ? nullptr : query_start_loc.data();
+  batch.num_seqs = static_cast<int>(seq_lens.size());
+  batch.window_left = window_left;
+  batch.window_right = window_right;
+  batch.num_chunks = num_chunks;
+  batch.segment_cost = segment_cost;
+  std::vector<int32_t> prefix{0};
+  for (int seq = 0; seq < batch.num_seqs; ++seq) {
+    prefix.push_back(prefix.back() + batch.unit_cost(batch.tiles(seq)));
+  }
+  const int64_t total = static_cast<int64_t>(prefix.back()) * num_chunks;
+  std::vector<std::array<int, 5>> segments;
+  for (int cta = 0; cta < grid && total > 0; ++cta) {
+    const int64_t begin = tq4::share_begin(total, cta, grid);
+    int seq = 0;
+    while (seq + 1 < batch.num_seqs && int64_t{prefix[seq + 1]} * num_chunks <= begin) ++seq;
+    auto walker = tq4::SegmentWalker::make(batch, total, cta, grid, seq, prefix[seq]);
+    tq4::DecodeSegment segment;
+    while (walker.next(batch, segment)) {
+      segments.push_back({cta, segment.seq, segment.chunk, segment.tile_begin, segment.tile_end});
+    }
+  }
+  return segments;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(host_maps, m) {
@@ -119,6 +198,9 @@ PYBIND11_MODULE(host_maps, m) {
     if (element_bytes == 2) return key_tile<2>(head_dim, rows);
     throw std::invalid_argument("element_bytes must be 1 or 2");
   });
+  m.def("fragment_map", &fragment_map);
+  m.def("cell_indices", &cell_indices);
+  m.def("decode_segments", &decode_segments);
   m.def("prefill_slots", &tq4::prefill_slots);
   // One (seq, q_begin, q_len, first_row) per slot.
   m.def("prefill_tiles", [](const std::vector<int32_t>& query_start_loc, int group, int rows) {

@@ -1,0 +1,255 @@
+// csrc/device/decode_{map,plan,schedule}.h: maps are bijections, copied tiles hold what the page held, and
+// the shares of a fixed grid cover every visible tile exactly once.
+#include <cstring>
+#include <map>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "device/decode_plan.h"
+#include "layout.h"
+
+namespace {
+
+using tq4::test::Random;
+
+template <int D>
+void check_decode_map() {
+  using Map = tq4::DecodeMap<D>;
+  std::set<int> key_bytes, value_bytes;
+  for (int t = 0; t < 4; ++t) {
+    for (int j = 0; j < Map::kKeyWords; ++j) {
+      CHECK(Map::key_byte(t, j) % 4 == 0 && Map::key_dim(t, j) == 2 * Map::key_byte(t, j));
+      CHECK(key_bytes.insert(Map::key_byte(t, j)).second);
+    }
+  }
+  CHECK(key_bytes.size() == D / 8 && *key_bytes.rbegin() == D / 2 - 4);
+  for (int g = 0; g < 8; ++g) {
+    for (int m = 0; m < Map::kValueTiles; ++m) {
+      CHECK(value_bytes.insert(Map::value_byte(g, m)).second);
+      CHECK(m % 2 == 0 || Map::value_byte(g, m) == Map::value_byte(g, m - 1) + 1);
+    }
+  }
+  CHECK(value_bytes.size() == D / 2 && *value_bytes.rbegin() == D / 2 - 1);
+}
+
+// A page of random bytes, copied tile by tile as the plan says; every field must arrive.
+void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::DecodePlan& plan,
+                Random* random) {
+  std::vector<uint8_t> page(page_bytes);
+  for (uint8_t& byte : page) byte = static_cast<uint8_t>(random->next());
+  const tq4::TileCopy& copy = plan.copy;
+  const tq4::StageView& stage = copy.stage;
+  const int codes = view.head_dim / 2;
+  for (int tile = 0; tile < plan.tiles_per_block; ++tile) {
+    for (int chunk = 0; chunk < plan.num_chunks; ++chunk) {
+      std::vector<uint8_t> staged(copy.stage_bytes, 0);
+      std::vector<int> writes(copy.stage_bytes, 0);
+      int total = 0;
+      for (int run = 0; run < copy.num_runs; ++run) {
+        const tq4::CopyRun& r = copy.run[run];
+        for (int rep = 0; rep < copy.reps; ++rep) {
+          const int src = r.src + tile * r.tile_stride + chunk * r.chunk_stride + rep * copy.src_stride;
+          const int dst = r.dst + rep * copy.dst_stride;
+          CHECK(src >= 0 && src + r.bytes <= page_bytes && dst >= 0 &&
+                dst + r.bytes <= copy.stage_bytes);
+          CHECK(src % copy.width == 0 && dst % copy.width == 0 && r.bytes % copy.width == 0);
+          std::memcpy(&staged[dst], &page[src], r.bytes);
+          for (int i = 0; i < r.bytes; ++i) ++writes[dst + i];
+          total += r.bytes;
+        }
+      }
+      CHECK(total == copy.bytes && copy.stage_bytes % 128 == 0);
+      for (int count : writes) CHECK(count <= 1);
+      for (int token = 0; token < tq4::kTileTokens; ++token) {
+        for (int head = 0; head < plan.heads_per_chunk; ++head) {
+          const int page_head = chunk * plan.heads_per_chunk + head;
+          const int page_token = tile * tq4::kTileTokens + token;
+          const int code = page_token * view.code_token_stride + page_head * view.code_head_stride;
+          const int norm = page_token * view.norm_token_stride + page_head * view.norm_head_stride;
+          const int stage_code = token * stage.code_token_stride + head * stage.code_head_stride;
+          const int stage_norm = token * stage.norm_token_stride + head * stage.norm_head_stride;
+          CHECK(!std::memcmp(&staged[stage.k_codes + stage_code], &page[view.k_codes + code], codes));
+          CHECK(!std::memcmp(&staged[stage.v_codes + stage_code], &page[view.v_codes + code], codes));
+          CHECK(!std::memcmp(&staged[stage.k_norms + stage_norm], &page[view.k_norms + norm], 4));
+          CHECK(!std::memcmp(&staged[stage.v_norms + stage_norm], &page[view.v_norms + norm], 4));
+        }
+      }
+    }
+  }
+}
+
+void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int max_query_len,
+                bool int8, int arch, Random* random) {
+  tq4::AttentionParams p{};
+  p.cache = view;
+  p.num_q_heads = group * view.num_kv_heads;
+  p.max_query_len = max_query_len;
+  p.num_seqs = 5;
+  p.num_tokens = p.num_seqs * max_query_len;
+  p.int8 = int8;
+  p.arch = arch;
+  p.num_sms = 132;
+  const tq4::DecodePlan plan = tq4::make_decode_plan(p);
+  CHECK(plan.group == group && plan.max_rows == group * max_query_len);
+  CHECK(plan.heads_per_chunk * plan.num_chunks == view.num_kv_heads);
+  CHECK(plan.row_groups * 8 * plan.octets >= plan.max_rows);
+  CHECK(plan.teams >= 1 && plan.slots * plan.teams <= plan.warps);
+  CHECK(plan.num_stages >= 2 && plan.smem_bytes <= tq4::decode_smem_limit(arch));
+  CHECK(plan.tiles_per_block * tq4::kTileTokens == view.block_size);
+  const int64_t offsets[] = {plan.query_codes, plan.query_residual, plan.query_scale,
+                             plan.seq_prefix,  plan.partial_stats,  plan.partial_out,
+                             plan.workspace_bytes};
+  for (int i = 0; i + 1 < 7; ++i) CHECK(offsets[i] % 16 == 0 && offsets[i] <= offsets[i + 1]);
+  const int64_t rows = int64_t{p.num_tokens} * p.num_q_heads;
+  CHECK(plan.query_residual - plan.query_codes >= rows * view.head_dim * (int8 ? 1 : 2));
+  CHECK(plan.seq_prefix - plan.query_scale >= rows * 4);
+  int seen = 0;
+  for (int i = 0; i < 16; ++i) seen |= 1 << plan.token_map.token(i / 8, i % 8);
+  CHECK(seen == 0xffff);
+  check_copy(view, page_bytes, plan, random);
+}
+
+void check_plans() {
+  Random random(3);
+  for (int head_dim : {64, 96, 128, 256}) {
+    for (int heads : {1, 2, 8}) {
+      for (int block_size : {16, 64}) {
+        const auto both = [&](const tq4::PageView& view, int64_t page_bytes) {
+          for (int group : {1, 4}) {
+            for (int queries : {1, 4, 16}) {
+              check_plan(view, page_bytes, group, queries, true, 90, &random);
+            }
+            check_plan(view, page_bytes, group, 1, false, 80, &random);
+            check_plan(view, page_bytes, group, 1, true, 89, &random);
+          }
+        };
+        for (int64_t padding : {0, 8, 48}) {
+          const int64_t row = tq4::token_bytes(heads, head_dim) + padding;
+          both(tq4::token_major_view(nullptr, 4, heads, block_size, head_dim, block_size * row, row),
+               block_size * row);
+        }
+        const int64_t page = tq4::head_page_bytes(block_size, head_dim) + 16;
+        both(tq4::head_major_view(nullptr, 4, heads, block_size, head_dim, heads * page, page),
+             heads * page);
+      }
+    }
+  }
+}
+
+struct Batch {
+  std::vector<int32_t> seq_lens, query_start_loc;
+  tq4::DecodeBatch view;
+};
+
+void check_schedule(Batch* owner, int grid) {
+  tq4::DecodeBatch& batch = owner->view;
+  const int num_seqs = batch.num_seqs;
+  std::vector<int32_t> prefix(num_seqs + 1, 0);
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    prefix[seq + 1] = prefix[seq] + batch.unit_cost(batch.tiles(seq));
+  }
+  const int64_t total = int64_t{prefix[num_seqs]} * batch.num_chunks;
+  std::map<std::tuple<int, int, int>, int> computed;        // (seq, chunk, tile)
+  std::map<std::pair<int, int>, std::set<int>> unit_to_ctas;  // (seq, chunk)
+  std::set<int> partials;
+  for (int cta = 0; cta < grid && total > 0; ++cta) {
+    const int64_t begin = tq4::share_begin(total, cta, grid);
+    int start = 0;
+    while (start + 1 < num_seqs && int64_t{prefix[start + 1]} * batch.num_chunks <= begin) ++start;
+    auto walker = tq4::SegmentWalker::make(batch, total, cta, grid, start, prefix[start]);
+    tq4::DecodeSegment segment;
+    while (walker.next(batch, segment)) {
+      CHECK(segment.num_keys == batch.seq_lens[segment.seq]);
+      CHECK(segment.num_queries == batch.num_queries(segment.seq));
+      CHECK(segment.query_begin == batch.query_begin(segment.seq));
+      for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+        ++computed[{segment.seq, segment.chunk, tile}];
+      }
+      unit_to_ctas[{segment.seq, segment.chunk}].insert(cta);
+      const int partial = cta + segment.seq * batch.num_chunks + segment.chunk;
+      CHECK(partials.insert(partial).second && partial < grid + num_seqs * batch.num_chunks);
+    }
+  }
+  size_t expected = 0;
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    const tq4::TileRange range = batch.tiles(seq);
+    for (int chunk = 0; chunk < batch.num_chunks; ++chunk) {
+      for (int tile = range.begin; tile < range.end; ++tile, ++expected) {
+        CHECK((computed[{seq, chunk, tile}] == 1));
+      }
+      const tq4::CtaRange ctas = tq4::unit_ctas(batch, total, grid, prefix[seq], range, chunk);
+      const std::set<int>& have = unit_to_ctas[{seq, chunk}];
+      // Every CTA with a segment is in the range, and both its ends have one.
+      for (int cta : have) CHECK(ctas.begin <= cta && cta < ctas.end);
+      CHECK(have.empty() ? ctas.begin >= ctas.end
+                         : have.count(ctas.begin) == 1 && have.count(ctas.end - 1) == 1);
+      // With at least a position for each CTA there are no gaps.
+      if (total >= grid) CHECK(static_cast<int>(have.size()) == ctas.end - ctas.begin);
+    }
+  }
+  CHECK(computed.size() == expected);
+}
+
+void check_schedules() {
+  Random random(4);
+  for (int round = 0; round < 3000; ++round) {
+    Batch owner;
+    tq4::DecodeBatch& batch = owner.view;
+    batch = {};
+    batch.num_seqs = random.range(1, 9);
+    const bool one_query = random.range(0, 1) == 0;
+    owner.query_start_loc.push_back(0);
+    for (int seq = 0; seq < batch.num_seqs; ++seq) {
+      const int kind = random.range(0, 3);
+      owner.seq_lens.push_back(kind == 0 ? 0 : kind == 1 ? random.range(1, 40) : random.range(1, 900));
+      owner.query_start_loc.push_back(owner.query_start_loc.back() + random.range(0, 4));
+    }
+    batch.seq_lens = owner.seq_lens.data();
+    batch.query_start_loc = one_query ? nullptr : owner.query_start_loc.data();
+    batch.num_chunks = random.range(1, 3);
+    batch.segment_cost = random.range(1, 4);
+    batch.window_left = random.range(0, 2) == 0 ? random.range(0, 300) : -1;
+    batch.window_right = random.range(0, 2) == 0 ? 0 : -1;
+    for (int grid : {1, 3, 16, 132}) check_schedule(&owner, grid);
+  }
+}
+
+// A tile is in the range exactly when a query sees one of its keys.
+void check_visible_tiles() {
+  Random random(5);
+  for (int round = 0; round < 4000; ++round) {
+    const int keys = random.range(0, 120), queries = random.range(0, 6);
+    const int left = random.range(-1, 50), right = random.range(-1, 3);
+    const tq4::TileRange range = tq4::visible_tiles(keys, queries, left, right);
+    int begin = -1, end = -1;
+    for (int key = 0; key < keys; ++key) {
+      for (int query = 0; query < queries; ++query) {
+        const int position = keys - queries + query;
+        if (left >= 0 && key < position - left) continue;
+        if (right >= 0 && key > position + right) continue;
+        if (begin < 0) begin = key / tq4::kTileTokens;
+        end = key / tq4::kTileTokens + 1;
+      }
+    }
+    if (begin < 0) {
+      CHECK(range.begin >= range.end);
+    } else {
+      CHECK(range.begin == begin && range.end == end);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_decode_map<64>();
+  check_decode_map<96>();
+  check_decode_map<128>();
+  check_decode_map<256>();
+  check_plans();
+  check_visible_tiles();
+  check_schedules();
+  return tq4::test::report("test_decode_plan");
+}

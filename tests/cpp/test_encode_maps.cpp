@@ -1,0 +1,159 @@
+// csrc/device/fragment_map.cuh, cell_table.cuh and common.cuh: what store and gather rest on.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <set>
+#include <vector>
+
+#include "check.h"
+#include "device/cell_table.cuh"
+#include "device/common.cuh"
+#include "device/fragment_map.cuh"
+
+namespace {
+
+template <int D>
+void check_fragment_map() {
+  using Map = tq4::FragmentMap<D>;
+  std::set<int> chunk_dims, quarter_dims;
+  for (int block = 0; block < Map::kBlocks; ++block) {
+    std::set<int> chunk_block, quarter_block;
+    for (int high = 0; high < 2; ++high) {
+      for (int t = 0; t < 4; ++t) {
+        for (int odd = 0; odd < 2; ++odd) {
+          const int chunk = Map::chunk_dim(block, high, t, odd);
+          const int quarter = Map::quarter_dim(block, high, t, odd);
+          CHECK(chunk_dims.insert(chunk).second && chunk >= 0 && chunk < D);
+          CHECK(quarter_dims.insert(quarter).second && quarter >= 0 && quarter < D);
+          chunk_block.insert(chunk);
+          quarter_block.insert(quarter);
+          CHECK(chunk == Map::chunk_begin(Map::chunk(block, high), t) +
+                             2 * Map::chunk_pair(block, high) + odd);
+          CHECK(quarter / (D / 4) == t);
+        }
+      }
+    }
+    CHECK(chunk_block == quarter_block);  // both fast paths rest on this
+  }
+  CHECK(chunk_dims.size() == D && quarter_dims.size() == D);
+  for (int word = 0; word < D / 32; ++word) {
+    for (int byte = 0; byte < 4; ++byte) {
+      for (int t = 0; t < 4; ++t) {
+        CHECK(Map::quarter_dim(Map::word_block(word, byte), Map::word_high(word, byte), t, 0) ==
+              t * (D / 4) + 8 * word + 2 * byte);
+      }
+    }
+  }
+}
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// The four instructions of the kernel, for an even and an odd dimension.
+struct Indices {
+  int even, odd;
+};
+
+Indices cell_index(const float* boundaries, float y) {
+  const tq4::CellAxis axis = tq4::make_cell_axis(boundaries);
+  const float u = tq4::cell_position(axis, y);
+  const float c = std::fma(u, tq4::kCellSpan, 8388608.f);
+  const tq4::Cell cell = tq4::make_cell(boundaries, axis, bits_of(c) & 31);
+  const uint32_t even = bits_of(std::fma(u, tq4::kCellStep, cell.even_intercept));
+  const uint32_t odd = bits_of(std::fma(u, tq4::kCellStep, cell.odd_intercept));
+  return {static_cast<int>(even >> 19 & 15), static_cast<int>(odd >> 15 & 15)};
+}
+
+int count_below(const float* boundaries, float y) {
+  int count = 0;
+  for (int i = 0; i < 15; ++i) count += boundaries[i] < y ? 1 : 0;
+  return count;
+}
+
+bool usable(const float* boundaries) {
+  const tq4::CellAxis axis = tq4::make_cell_axis(boundaries);
+  bool exact = true;
+  for (int c = 0; c < tq4::kCells; ++c) exact = exact && tq4::make_cell(boundaries, axis, c).exact;
+  return exact;
+}
+
+void check_cells() {
+  // Midpoints of the 16-level Lloyd-Max quantiser of N(0, 1) (Max, 1960).
+  const double normal[8] = {0.0, 0.2582, 0.5224, 0.7996, 1.0993, 1.4371, 1.8435, 2.4008};
+  for (int head_dim : {64, 96, 128, 256}) {
+    float boundaries[15];
+    for (int i = 0; i < 8; ++i) {
+      boundaries[7 + i] = static_cast<float>(normal[i] / std::sqrt(head_dim));
+      boundaries[7 - i] = -boundaries[7 + i];
+    }
+    CHECK(usable(boundaries));
+    const auto check = [&](float y) {
+      const Indices got = cell_index(boundaries, y);
+      const int low = count_below(boundaries, y - 1e-6f), high = count_below(boundaries, y + 1e-6f);
+      CHECK(low <= got.even && got.even <= high);
+      CHECK(low <= got.odd && got.odd <= high);
+    };
+    for (int i = -20000; i <= 20000; ++i) check(static_cast<float>(i) / 20000.f);
+    for (float boundary : boundaries) {
+      float y = boundary - 3e-6f;
+      for (int i = 0; i < 200; ++i, y = std::nextafter(y, 1.f) + 1.5e-8f) check(y);
+    }
+    for (float y : {1e30f, -1e30f, std::numeric_limits<float>::infinity()}) check(y);
+  }
+  // Boundaries no table of cells can serve.
+  float equal[15] = {}, backward[15], nan[15], close[15];
+  for (int i = 0; i < 15; ++i) {
+    backward[i] = -0.01f * i;
+    nan[i] = i == 4 ? std::numeric_limits<float>::quiet_NaN() : 0.01f * i;
+    close[i] = i < 14 ? 1e-4f * i : 0.5f;
+  }
+  CHECK(!usable(equal) && !usable(backward) && !usable(nan) && !usable(close));
+}
+
+void check_merges() {
+  tq4::test::Random random(7);
+  for (int round = 0; round < 5000; ++round) {
+    uint32_t bytes[4], merged[4];
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t even = static_cast<uint32_t>(random.next());
+      const uint32_t odd = static_cast<uint32_t>(random.next());
+      bytes[i] = (even >> 19 & 15) << 4 | (odd >> 15 & 15);
+      merged[i] = tq4::merge_nibbles(even, odd);
+      CHECK((merged[i] >> 15 & 0xff) == bytes[i]);
+    }
+    CHECK(tq4::merge_bytes(merged[0], merged[1], merged[2], merged[3]) ==
+          (bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24));
+  }
+}
+
+void check_divider() {
+  tq4::test::Random random(8);
+  for (int round = 0; round < 20000; ++round) {
+    const uint32_t divisor = round < 300 ? round + 1 : random.next() % ((1u << 24) - 1) + 1;
+    const tq4::Divider divider = tq4::Divider::make(divisor);
+    const uint64_t near = random.next() % (uint64_t{1} << 40) / divisor * divisor;
+    for (const uint64_t n : {near, near + divisor - 1, near == 0 ? 0 : near - 1}) {
+      if (n < uint64_t{1} << 40) CHECK(divider.quotient(n) == n / divisor);
+    }
+  }
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t word = 0x76543210u;
+    CHECK(tq4::nibble(word, i) == static_cast<uint32_t>(i ^ 1));  // even dims in the high nibbles
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_fragment_map<64>();
+  check_fragment_map<96>();
+  check_fragment_map<128>();
+  check_fragment_map<256>();
+  check_cells();
+  check_merges();
+  check_divider();
+  return tq4::test::report("test_encode_maps");
+}
