@@ -492,7 +492,7 @@ def _measure(
         advance(None)
     result.rows = stores + prefills + decodes
     if not race:
-        result.notes.append("The CUDA and Triton kernels need a GPU; the reference is written to be read, not to race.")
+        result.notes.append("The CUDA and Triton kernels need a GPU; the reference is not written to race.")
 
 
 # ---- Output
