@@ -105,7 +105,7 @@ class Session:
         except Exception as failure:
             if ours:
                 raise
-            reason = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
+            reason = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120] if str(failure) else ''}"
             self.missing.setdefault(impl, reason)
             print(f"{work.op:8s} {work.label:44s} {impl:22s} failed: {reason}", flush=True)
             return
