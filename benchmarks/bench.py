@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
+
+import record
 import tq4
 from peers import Maker, UnavailableError, peers_of
 from timing import Budget, captured, median_ms

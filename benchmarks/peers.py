@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from workloads import Contender, Tq4Inputs, Workload, page_table
 
 Maker = Callable[[Workload, torch.Tensor], Contender]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 import tq4
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
