@@ -67,16 +67,24 @@ struct PrefillConfig {
   static constexpr int kRawBytes = kTile * (2 * kCodeBytes + 8);
   static constexpr int kKeyBytes = kTile * Key::kRowBytes;
   static constexpr int kValueBytes = kTile * Value::kRowBytes;
-  static constexpr int kBufferBytes = kKeyBytes + kValueBytes + kTile * 8;
-  static constexpr int kTables = 0;
-  static constexpr int kRaw = 128;
-  static constexpr int kBuffers = kRaw + kStages * kRawBytes;
+  static constexpr int kAlign = 512;  // longest row: the swizzles XOR addresses within a row
+  static constexpr int kBufferBytes = round_up(kKeyBytes + kValueBytes + kTile * 8, kAlign);
+  static constexpr int kTables = 0;     // CodebookTables
+  static constexpr int kInfo = 96;        // TileInfo
+  static constexpr int kPageInfo = 128;   // PageInfo
+  static constexpr int kWarpKeys = 160;   // WarpKeys [kWarps]
+  static constexpr int kRowTokens = 288;  // int [kRows]
+  static constexpr int kRowScales = kRowTokens + 4 * kRows;  // float [kRows]
+  static constexpr int kPages = kRowScales + 4 * kRows;  // int [kPageSlots][kTile]
+  static constexpr int kPageSlots = kStages + 1;
+  static constexpr int kRaw = kPages + 4 * kPageSlots * kTile;
+  static constexpr int kBuffers = round_up(kRaw + kStages * kRawBytes, kAlign);
   static constexpr int kOverlay = 2 * kBufferBytes > RotationPanel<D>::kBytes
                                       ? 2 * kBufferBytes
                                       : RotationPanel<D>::kBytes;
   static constexpr int kSmemBytes = kBuffers + kOverlay;
   static_assert(kSmemBytes <= 99 * 1024, "sm_86 and sm_89 offer 99 KB a CTA");
-  static_assert(kBuffers % 128 == 0 && kBufferBytes % 128 == 0, "swizzles assume aligned tiles");
+  static_assert(kKeyBytes % kAlign == 0, "the V tile starts aligned");
 };
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -91,30 +99,43 @@ constexpr float kLazyRescale = 8.f;
 constexpr int32_t kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
 
+// What the page loader needs, kept in shared memory: loop invariants that would otherwise push the
+// accumulators out of their registers.
+struct alignas(16) PageInfo {
+  const int32_t* table;  // the sequence's row of block_table
+  int key_begin;         // first key of tile 0
+  int key_end;           // keys from here on are not loaded
+  int k_codes, v_codes, k_norms, v_norms;  // byte offsets in a block, the KV head included
+};
+static_assert(sizeof(PageInfo) == 32, "read as two 16-byte vectors");
+
 // [1/7] pages -> raw ring.
+//
+// Page ids travel in the same groups, kStages tiles ahead of the codes they lead to, so that no
+// thread ever waits for (or holds in a register) an entry of the block table.
 template <typename Config>
 struct PageLoader {
-  const int32_t* table;
-  const AttentionParams* params;
-  int head;
-  int key_begin, key_end;
-  int block_shift;  // log2(block_size), or -1
+  uint32_t smem;
   int copy_bytes;   // widest aligned copy: 16, 8 or 4
-  uint32_t raw;     // shared address of the ring
-  int page;         // page id of the next tile to be copied, fetched one tile ahead
+  int block_shift;  // log2(block_size), or -1
 
-  __device__ __forceinline__ int token_of(int tile) const {
-    return key_begin + tile * Config::kTile + static_cast<int>(threadIdx.x) / Config::kThreadsPerToken;
+  __device__ __forceinline__ int block_of(int token, const PageView& view) const {
+    return block_shift >= 0 ? token >> block_shift : token / view.block_size;
   }
 
-  __device__ __forceinline__ int block_of(int token) const {
-    return block_shift >= 0 ? token >> block_shift : token / params->cache.block_size;
+  __device__ __forceinline__ uint32_t page_slot(int tile, unsigned row) const {
+    return smem + Config::kPages + 4 * (tile % Config::kPageSlots * Config::kTile + row);
   }
 
-  __device__ __forceinline__ void prefetch_page(int tile) {
-    const int token = token_of(tile);
-    // Entries past the last page of a sequence are garbage: never read, let alone followed.
-    if (token < key_end) page = table[block_of(token)];
+  // Entries past the last page of a sequence are garbage: never read, let alone followed.
+  __device__ __forceinline__ void copy_page_id(int tile, const PageView& view) const {
+    const unsigned row = ptx::thread_idx_volatile() / Config::kThreadsPerToken;
+    const uint4 info = ptx::ld_shared_v4(smem + Config::kPageInfo);
+    const int token = info.z + tile * Config::kTile + row;
+    if (token >= static_cast<int>(info.w)) return;
+    const auto* table =
+        reinterpret_cast<const int32_t*>(static_cast<uint64_t>(info.y) << 32 | info.x);
+    ptx::cp_async<4>(page_slot(tile, row), table + block_of(token, view));
   }
 
   template <int kBytes>
@@ -133,37 +154,40 @@ struct PageLoader {
     copy_slice<4>(dst, src);
   }
 
-  __device__ __forceinline__ void copy(int tile) const {
-    const PageView& view = params->cache;
-    const int token = token_of(tile);
-    if (token < key_end) {
-      const int row = threadIdx.x / Config::kThreadsPerToken;
-      const int slice = threadIdx.x % Config::kThreadsPerToken;
-      const int in_block = token - block_of(token) * view.block_size;
-      const uint8_t* block = view.base + page * view.block_stride;
-      const uint8_t* codes = block + in_block * view.code_token_stride +
-                             head * view.code_head_stride + slice * Config::kSlice;
-      const uint32_t stage = raw + tile % Config::kStages * Config::kRawBytes;
-      const uint32_t dst = stage + row * Config::kCodeBytes + slice * Config::kSlice;
-      copy_codes(dst, codes + view.k_codes);
-      copy_codes(dst + Config::kTile * Config::kCodeBytes, codes + view.v_codes);
-      if (slice < 2) {
-        const uint8_t* norm = block + in_block * view.norm_token_stride +
-                              head * view.norm_head_stride +
-                              (slice == 0 ? view.k_norms : view.v_norms);
-        ptx::cp_async<4>(stage + Config::kTile * (2 * Config::kCodeBytes + 4 * slice) + 4 * row,
-                         norm);
-      }
+  __device__ __forceinline__ void copy(int tile, const PageView& view) const {
+    const unsigned thread = ptx::thread_idx_volatile();
+    const unsigned row = thread / Config::kThreadsPerToken;
+    const unsigned slice = thread % Config::kThreadsPerToken;
+    const uint2 range = ptx::ld_shared_v2(smem + Config::kPageInfo + offsetof(PageInfo, key_begin));
+    const int token = range.x + tile * Config::kTile + row;
+    if (slice == 2) copy_page_id(tile + Config::kStages, view);
+    if (token >= static_cast<int>(range.y)) return;
+    const uint4 field = ptx::ld_shared_v4(smem + Config::kPageInfo + offsetof(PageInfo, k_codes));
+    const int in_block = token - block_of(token, view) * view.block_size;
+    const int page = ptx::ld_shared_u32(page_slot(tile, row));
+    const uint8_t* block = view.base + page * view.block_stride;
+    const uint32_t stage = smem + Config::kRaw + tile % Config::kStages * Config::kRawBytes;
+    const uint32_t dst = stage + row * Config::kCodeBytes + slice * Config::kSlice;
+    const uint32_t codes = in_block * view.code_token_stride + slice * Config::kSlice;
+    copy_codes(dst, block + (codes + field.x));
+    copy_codes(dst + Config::kTile * Config::kCodeBytes, block + (codes + field.y));
+    if (slice < 2) {
+      const uint32_t norm = in_block * view.norm_token_stride + (slice == 0 ? field.z : field.w);
+      ptx::cp_async<4>(stage + Config::kTile * (2 * Config::kCodeBytes + 4 * slice) + 4 * row,
+                       block + norm);
     }
   }
 };
 
 // [2/7] raw slice -> K tile, V tile and column scales of one buffer.
 template <typename Config>
-__device__ __forceinline__ void unpack_tile(uint32_t smem, int tile, int key_begin, int key_end) {
-  const int row = threadIdx.x / Config::kThreadsPerToken;
-  const int slice = threadIdx.x % Config::kThreadsPerToken;
-  const bool valid = key_begin + tile * Config::kTile + row < key_end;
+__device__ __forceinline__ void unpack_tile(uint32_t smem, int tile) {
+  const unsigned thread = ptx::thread_idx_volatile();
+  const int row = thread / Config::kThreadsPerToken;
+  const int slice = thread % Config::kThreadsPerToken;
+  const uint2 range = ptx::ld_shared_v2(smem + Config::kPageInfo + offsetof(PageInfo, key_begin));
+  const bool valid =
+      static_cast<int>(range.x) + tile * Config::kTile + row < static_cast<int>(range.y);
   const uint32_t stage = smem + Config::kRaw + tile % Config::kStages * Config::kRawBytes;
   const uint32_t buffer = smem + Config::kBuffers + tile % 2 * Config::kBufferBytes;
   const uint32_t codes = stage + row * Config::kCodeBytes + slice * Config::kSlice;
@@ -250,17 +274,61 @@ TQ4_HOST_DEVICE constexpr int value_dim(int chunk) {
          chunk / Config::kThreadsPerToken * 8;
 }
 
+// What a CTA works on, kept in shared memory: needed before, after and on the edges of the main
+// loop only, whose registers are all taken.
+struct TileInfo {
+  int num_keys;   // L
+  int pos0;       // position of the sequence's first query token: L - T
+  int num_rows;   // packed rows of the sequence
+  int first_row;  // first packed row of this tile
+  int q_begin;    // first query token of the sequence
+  int group;      // query heads of a KV head
+  int first_head; // first query head of the KV head
+  int num_tiles;  // key tiles to visit
+};
+static_assert(sizeof(TileInfo) == 32, "fits its place in shared memory");
+
+// Keys of one warp's rows: steps outside [begin, end) are skipped, steps inside
+// [full_begin, full_end) are seen whole by every row.
+struct WarpKeys {
+  int begin, end, full_begin, full_end;
+};
+
 // The rows a lane sees: index 2 mt + i is row 16 mt + 8 i + lane / 4 of the warp.
 template <typename Config>
 struct LaneRows {
   int first;  // packed row of index 0 in the sequence
   int count;  // packed rows of the sequence
   int group;
+  uint32_t tokens;  // shared address of index 0's token
 
   __device__ __forceinline__ int row(int index) const { return first + 8 * index; }
   __device__ __forceinline__ bool valid(int index) const { return row(index) < count; }
-  __device__ __forceinline__ int token(int index) const { return row(index) / group; }
+  // From a table: four integer divisions at once would not fit in the main loop's registers.
+  __device__ __forceinline__ int token(int index) const {
+    return ptx::ld_shared_u32(tokens + 32 * index);
+  }
+  // Query head, counted from the first of the group.
+  __device__ __forceinline__ int head(int index, int token) const {
+    return row(index) - token * group;
+  }
 };
+
+// Read where needed (the loads are volatile), never carried through the main loop in registers.
+template <typename Config>
+__device__ __forceinline__ int tile_info(uint32_t smem, size_t field) {
+  return ptx::ld_shared_volatile(smem + Config::kInfo + field);
+}
+
+template <typename Config>
+__device__ __forceinline__ LaneRows<Config> lane_rows(uint32_t smem) {
+  const unsigned thread = ptx::thread_idx_volatile();
+  const int row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
+  return {tile_info<Config>(smem, offsetof(TileInfo, first_row)) + row,
+          tile_info<Config>(smem, offsetof(TileInfo, num_rows)),
+          tile_info<Config>(smem, offsetof(TileInfo, group)),
+          smem + Config::kRowTokens + 4 * row};
+}
 
 // [3/7] q -> rotated, scaled, quantised A fragments.  In fp16 mode the "quantisation" is a power of
 // two and a rounding to fp16.
@@ -283,11 +351,16 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
         largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[mt][j][2 * i]), fabsf(c[mt][j][2 * i + 1])));
       }
       largest = quad_max_nan(largest);
-      float unit;
+      // One division a row: v * (127 / max) rounds like v / (max / 127) except within 1e-7 of a
+      // tie.  Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
+      float unit, inv;
       if constexpr (Config::kInt8) {
-        unit = largest == 0.f ? 1.f : __fdiv_rn(largest, 127.f);
+        unit = largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
+        inv = largest < 1e-30f ? 0.f : __fdiv_rn(127.f, largest) * sign;
       } else {
-        unit = largest != largest ? largest : __fdiv_rn(1.f, fp16_row_scale(largest));
+        const float row_scale = fp16_row_scale(largest);  // a power of two
+        unit = largest != largest ? largest : __fdiv_rn(1.f, row_scale);
+        inv = row_scale * sign;
       }
       q.scale[2 * mt + i] = unit;
 #pragma unroll
@@ -301,12 +374,11 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
             uint32_t packed = 0;
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
-              const int code = max(-127, min(127, __float2int_rn(__fdiv_rn(v[b] * sign, unit))));
+              const int code = max(-127, min(127, __float2int_rn(v[b] * inv)));
               packed |= static_cast<uint32_t>(code & 0xff) << (8 * b);
             }
             q.a[mt][s][2 * h + i] = packed;
           } else {
-            const float inv = __fdiv_rn(sign, unit);  // exact: a power of two
             q.a[mt][2 * s + h][i] = ptx::pack_f16x2(v[0] * inv, v[1] * inv);
             q.a[mt][2 * s + h][2 + i] = ptx::pack_f16x2(v[2] * inv, v[3] * inv);
           }
@@ -325,10 +397,13 @@ TQ4_HOST_DEVICE constexpr int query_dim(int quarter, int j, int e) {
 }
 
 template <typename Config>
-__device__ __forceinline__ void load_query(const AttentionParams& p, const LaneRows<Config>& rows,
-                                           int q_begin, int first_head, uint32_t panel_smem,
+__device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t smem,
                                            QueryFragments<Config>& q) {
   constexpr int D = Config::D;
+  const LaneRows<Config> rows = lane_rows<Config>(smem);
+  const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
+  const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
+  const uint32_t panel_smem = smem + Config::kBuffers;
   using Panel = RotationPanel<D>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const auto* base = static_cast<const uint16_t*>(p.q);
@@ -341,7 +416,7 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, const LaneR
     row[i].scale = 1.f;
     if (rows.valid(i)) {
       const int token = rows.token(i);
-      const int head = first_head + rows.row(i) - token * rows.group;
+      const int head = first_head + rows.head(i, token);
       row[i].p = base + (q_begin + token) * p.q_token_stride + head * p.q_head_stride;
     }
   }
@@ -407,22 +482,38 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, const LaneR
 
 template <typename Config>
 struct SoftmaxState {
-  float m[2 * Config::kMTiles];      // running maximum, log2 units
-  float l[2 * Config::kMTiles];      // this lane's part of the denominator
-  float scale[2 * Config::kMTiles];  // log2 units of one unit of t
+  float m[2 * Config::kMTiles];  // running maximum, log2 units
+  float l[2 * Config::kMTiles];  // this lane's part of the denominator
 };
+
+// Log2 units of one unit of t, for the rows of this lane.  They live in shared memory: four more
+// registers would not fit beside the accumulators.
+template <typename Config>
+__device__ __forceinline__ void load_row_scales(uint32_t smem, float (&scale)[2 * Config::kMTiles]) {
+  const unsigned thread = ptx::thread_idx_volatile();
+  const uint32_t row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    scale[i] = ptx::ld_shared_f32(smem + Config::kRowScales + 4 * row + 32 * i);
+  }
+}
 
 // [4/7] S of 32 tokens: t = norm * (q8 . k8), columns 8 j + 2 t'.. of n-tile j.
 template <typename Config>
 __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const QueryFragments<Config>& q,
                                            float (&s)[Config::kMTiles][4][4]) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const unsigned lane = ptx::thread_idx_volatile() % 32;
+  const int g = lane / 4, t = lane % 4;
   const int32_t start[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+  // Chunk c of this lane lies at key ^ (c << 4): tiles are aligned, so the XOR of the swizzle may
+  // act on the address itself; n-tile j is 8 rows on, where the swizzle repeats.  Neither needs a
+  // table of offsets carried through the loop.
+  const uint32_t key = buffer + inner * (Config::kInner * Config::Key::kRowBytes) +
+                       Config::Key::offset(g, t, 0);
+  const uint32_t column = buffer + Config::kKeyBytes + Config::kValueBytes +
+                          inner * (8 * Config::kInner) + 16 * t;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int row = inner * Config::kInner + 8 * j + g;
-    const uint32_t key = buffer + row * Config::Key::kRowBytes + t * Config::Key::kQuarterBytes;
-    const int twist = Config::Key::twist(row, t);
     int32_t acc[Config::kMTiles][4];
 #pragma unroll
     for (int mt = 0; mt < Config::kMTiles; ++mt) {
@@ -431,7 +522,7 @@ __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const Que
     }
 #pragma unroll
     for (int chunk = 0; chunk < (Config::kKeySteps + 1) / 2; ++chunk) {
-      const uint4 b = ptx::ld_shared_v4(key + ((chunk ^ twist) << 4));
+      const uint4 b = ptx::ld_shared_v4((key ^ (chunk << 4)) + j * 8 * Config::Key::kRowBytes);
 #pragma unroll
       for (int mt = 0; mt < Config::kMTiles; ++mt) {
         if constexpr (Config::kInt8) {
@@ -451,8 +542,7 @@ __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const Que
       }
     }
     // Columns 2t and 2t + 1: {norm, -magic * norm} each.
-    const float4 scale = ptx::ld_shared_v4f(buffer + Config::kKeyBytes + Config::kValueBytes +
-                                            8 * (inner * Config::kInner + 8 * j + 2 * t));
+    const float4 scale = ptx::ld_shared_v4f(column + 64 * j);
 #pragma unroll
     for (int mt = 0; mt < Config::kMTiles; ++mt) {
 #pragma unroll
@@ -470,12 +560,13 @@ __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const Que
 
 // t -> cap * tanh(score / cap), back in units of t.
 template <typename Config>
-__device__ __forceinline__ void apply_softcap(float softcap, const SoftmaxState<Config>& state,
-                                              float (&s)[Config::kMTiles][4][4]) {
+__device__ __forceinline__ void apply_softcap(float softcap, uint32_t smem, float (&s)[Config::kMTiles][4][4]) {
+  float scale[2 * Config::kMTiles];
+  load_row_scales<Config>(smem, scale);
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    const float unit = __fdividef(state.scale[i], softcap * kLog2e);  // score / cap = t * unit
-    const float inv = __fdividef(softcap * kLog2e, state.scale[i]);
+    const float unit = __fdividef(scale[i], softcap * kLog2e);  // score / cap = t * unit
+    const float inv = __fdividef(softcap * kLog2e, scale[i]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -489,10 +580,12 @@ __device__ __forceinline__ void apply_softcap(float softcap, const SoftmaxState<
 
 // Keys outside [lo, hi] of their row become -inf.  Only tiles on an edge come here.
 template <typename Config>
-__device__ __forceinline__ void apply_mask(int first_key, const LaneRows<Config>& rows, int pos0,
-                                           int num_keys, int window_left, int window_right,
+__device__ __forceinline__ void apply_mask(int first_key, uint32_t smem, int window_left, int window_right,
                                            float (&s)[Config::kMTiles][4][4]) {
   const int t = threadIdx.x % 4;
+  const LaneRows<Config> rows = lane_rows<Config>(smem);
+  const int pos0 = tile_info<Config>(smem, offsetof(TileInfo, pos0));
+  const int num_keys = tile_info<Config>(smem, offsetof(TileInfo, num_keys));
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
     const int pos = pos0 + rows.token(i);
@@ -511,10 +604,11 @@ __device__ __forceinline__ void apply_mask(int first_key, const LaneRows<Config>
 
 // [5/7] P = 2^(S - m), in place; O and l are rescaled when a maximum has moved.
 template <typename Config>
-__device__ __forceinline__ void update_softmax(float (&s)[Config::kMTiles][4][4],
+__device__ __forceinline__ void update_softmax(uint32_t smem, float (&s)[Config::kMTiles][4][4],
                                                SoftmaxState<Config>& state,
                                                float (&o)[Config::kMTiles][Config::D / 8][4]) {
-  float top[2 * Config::kMTiles];
+  float scale[2 * Config::kMTiles], top[2 * Config::kMTiles];
+  load_row_scales<Config>(smem, scale);
   bool moved = false;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
@@ -525,7 +619,7 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kMTiles][4][4]
     }
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-    top[i] = x * state.scale[i];
+    top[i] = x * scale[i];
     moved |= top[i] > state.m[i] + kLazyRescale;
   }
   if (__any_sync(0xffffffffu, moved)) {
@@ -549,7 +643,7 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kMTiles][4][4]
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[i / 2][j][2 * (i % 2) + e];
-        x = ptx::exp2_approx(fmaf(x, state.scale[i], -state.m[i]));
+        x = ptx::exp2_approx(fmaf(x, scale[i], -state.m[i]));
         state.l[i] += x;
       }
     }
@@ -561,7 +655,10 @@ template <typename Config>
 __device__ __forceinline__ void compute_pv(uint32_t buffer, int inner,
                                            const float (&s)[Config::kMTiles][4][4],
                                            float (&o)[Config::kMTiles][Config::D / 8][4]) {
-  const int lane = threadIdx.x % 32;
+  const unsigned lane = ptx::thread_idx_volatile() % 32;
+  const uint32_t value = buffer + Config::kKeyBytes +
+                         inner * (Config::kInner * Config::Value::kRowBytes) +
+                         Config::Value::offset(lane % 16, lane / 16);
 #pragma unroll
   for (int kk = 0; kk < 2; ++kk) {  // 16 tokens each
     uint32_t a[Config::kMTiles][4];
@@ -573,13 +670,10 @@ __device__ __forceinline__ void compute_pv(uint32_t buffer, int inner,
       a[mt][3] = ptx::pack_f16x2(s[mt][2 * kk + 1][2], s[mt][2 * kk + 1][3]);
     }
     // ldmatrix: matrices (tokens 0-7, chunk c), (8-15, c), (0-7, c + 1), (8-15, c + 1).
-    const int row = inner * Config::kInner + 16 * kk + lane % 16;
-    const uint32_t base = buffer + Config::kKeyBytes + row * Config::Value::kRowBytes;
-    const int key = Config::Value::key(row);
 #pragma unroll
     for (int pair = 0; pair < Config::D / 16; ++pair) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, base + (((2 * pair + lane / 16) ^ key) << 4));
+      ptx::ldmatrix_x4_trans(b, (value ^ (pair << 5)) + kk * 16 * Config::Value::kRowBytes);
 #pragma unroll
       for (int mt = 0; mt < Config::kMTiles; ++mt) {
         ptx::mma_m16n8k16_f16f16f32(o[mt][2 * pair], a[mt], b[0], b[1]);
@@ -602,28 +696,27 @@ __device__ __forceinline__ void store_pair(uint16_t* p, float x, float y, DType 
 
 // [7/7] out = (O / l) R, and the LSE.
 template <typename Config>
-__device__ __forceinline__ void write_output(const AttentionParams& p, const LaneRows<Config>& rows,
-                                             int q_begin, int first_head, uint32_t panel_smem,
+__device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t smem,
                                              SoftmaxState<Config>& state,
                                              float (&o)[Config::kMTiles][Config::D / 8][4]) {
   constexpr int D = Config::D;
+  const LaneRows<Config> rows = lane_rows<Config>(smem);
+  const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
+  const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
+  const uint32_t panel_smem = smem + Config::kBuffers;
   using Panel = RotationPanel<D>;
   const int lane = threadIdx.x % 32, t = threadIdx.x % 4;
   const bool aligned4 = (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) |
                          (p.out_head_stride * 2)) % 4 == 0;
-  uint16_t* dst[2 * Config::kMTiles];
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    dst[i] = nullptr;
     float l = state.l[i];
     l += __shfl_xor_sync(0xffffffffu, l, 1);
     l += __shfl_xor_sync(0xffffffffu, l, 2);
     float factor = 1.f, m = state.m[i];
     if (rows.valid(i)) {
       const int token = rows.token(i);
-      const int head = first_head + rows.row(i) - token * rows.group;
-      dst[i] = static_cast<uint16_t*>(p.out) + (q_begin + token) * p.out_token_stride +
-               head * p.out_head_stride;
+      const int head = first_head + rows.head(i, token);
       if (p.sinks != nullptr) {  // one more term of the denominator, with no value
         const float sink = p.sinks[head] * kLog2e;
         m = fmaxf(m, sink);
@@ -644,17 +737,23 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, const Lan
     }
   }
 
-  if (p.out_rotation == nullptr) {
+  // Row pointers are made here, not above: their registers are needed by the rotation.
+  const auto store_rows = [&](auto dim_of) {
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
+    for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+      if (!rows.valid(i)) continue;
+      const int token = rows.token(i);
+      uint16_t* dst = static_cast<uint16_t*>(p.out) + (q_begin + token) * p.out_token_stride +
+                      (first_head + rows.head(i, token)) * p.out_head_stride;
 #pragma unroll
-      for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-        if (dst[i] != nullptr) {
-          store_pair(dst[i] + value_dim<Config>(j) + 2 * t, o[i / 2][j][2 * (i % 2)],
-                     o[i / 2][j][2 * (i % 2) + 1], p.dtype, aligned4);
-        }
+      for (int j = 0; j < D / 8; ++j) {
+        store_pair(dst + dim_of(j) + 2 * t, o[i / 2][j][2 * (i % 2)],
+                   o[i / 2][j][2 * (i % 2) + 1], p.dtype, aligned4);
       }
     }
+  };
+  if (p.out_rotation == nullptr) {
+    store_rows([](int j) { return value_dim<Config>(j); });
     return;
   }
 
@@ -701,24 +800,15 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, const Lan
       }
     }
   }
-#pragma unroll
-  for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-      if (dst[i] != nullptr) {
-        store_pair(dst[i] + 8 * j + 2 * t, o[i / 2][j][2 * (i % 2)], o[i / 2][j][2 * (i % 2) + 1],
-                   p.dtype, aligned4);
-      }
-    }
-  }
+  store_rows([](int j) { return 8 * j; });
 }
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     prefill_kernel(const __grid_constant__ AttentionParams p, int copy_bytes, int block_shift) {
   constexpr int D = Config::D;
-  extern __shared__ __align__(128) uint8_t shared[];
-  const uint32_t smem = ptx::smem_address(shared);
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t smem = ptx::opaque(ptx::smem_address(shared));
   const int warp = threadIdx.x / 32;
   const int group = p.num_q_heads / p.cache.num_kv_heads;
 
@@ -729,43 +819,76 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows,
                         slots - 1 - blockIdx.x / p.cache.num_kv_heads);
   if (tile.seq < 0) return;
-  const int num_keys = p.seq_lens[tile.seq];
-  const int pos0 = num_keys - tile.q_len;  // position of the sequence's first query token
-  const int num_rows = tile.q_len * group;
-  const int last_row = min(tile.first_row + Config::kRows, num_rows) - 1;
-  const KeyRange keys = visible_keys(pos0 + tile.first_row / group, pos0 + last_row / group,
-                                     p.window_left, p.window_right, num_keys);
+  TileInfo info;
+  info.num_keys = p.seq_lens[tile.seq];
+  info.pos0 = info.num_keys - tile.q_len;
+  info.num_rows = tile.q_len * group;
+  info.first_row = tile.first_row;
+  info.q_begin = tile.q_begin;
+  info.group = group;
+  const int last_row = min(tile.first_row + Config::kRows, info.num_rows) - 1;
+  const KeyRange keys =
+      visible_keys(info.pos0 + tile.first_row / group, info.pos0 + last_row / group, p.window_left,
+                   p.window_right, info.num_keys);
   const int key_begin = keys.begin / Config::kTile * Config::kTile;
-  const int num_tiles =
+  info.first_head = kv_head * group;
+  info.num_tiles =
       keys.end > key_begin ? (keys.end - key_begin + Config::kTile - 1) / Config::kTile : 0;
 
-  // The first tiles travel while q is rotated.
-  PageLoader<Config> loader{p.block_table + tile.seq * p.block_table_stride,
-                            &p,
-                            kv_head,
-                            key_begin,
-                            keys.end,
-                            block_shift,
-                            copy_bytes,
-                            smem + Config::kRaw,
-                            0};
-#pragma unroll
-  for (int i = 0; i < Config::kStages; ++i) {
-    loader.prefetch_page(i);
-    loader.copy(i);
-    ptx::cp_async_commit();
-  }
-  loader.prefetch_page(Config::kStages);
   if (warp == 0) {
     write_codebook_tables(reinterpret_cast<CodebookTables*>(shared + Config::kTables), p.k_codes,
                           p.k_centroids, p.v_centroids);
   }
+  if (threadIdx.x == 0) {
+    const PageView& view = p.cache;
+    const int codes = kv_head * view.code_head_stride, norms = kv_head * view.norm_head_stride;
+    *reinterpret_cast<TileInfo*>(shared + Config::kInfo) = info;
+    *reinterpret_cast<PageInfo*>(shared + Config::kPageInfo) = {
+        p.block_table + tile.seq * p.block_table_stride,
+        key_begin,
+        keys.end,
+        view.k_codes + codes,
+        view.v_codes + codes,
+        view.k_norms + norms,
+        view.v_norms + norms};
+  }
+  if (threadIdx.x < Config::kRows) {
+    reinterpret_cast<int*>(shared + Config::kRowTokens)[threadIdx.x] =
+        (tile.first_row + static_cast<int>(threadIdx.x)) / group;
+  }
+  {
+    const int first = tile.first_row + warp * Config::kWarpRows;
+    const int last = min(first + Config::kWarpRows, info.num_rows) - 1;
+    const int pos_first = info.pos0 + first / group, pos_last = info.pos0 + last / group;
+    const KeyRange seen =
+        visible_keys(pos_first, pos_last, p.window_left, p.window_right, info.num_keys);
+    const bool active = first < info.num_rows;
+    ptx::st_shared_v4(
+        smem + Config::kWarpKeys + 16 * warp, seen.begin, active ? seen.end : 0,
+        pos_last - window_or_max(p.window_left),
+        min(info.num_keys, pos_first + min(window_or_max(p.window_right), kMaxWindow - 1) + 1));
+  }
 
-  const int warp_row = tile.first_row + warp * Config::kWarpRows;
-  const LaneRows<Config> rows{warp_row + static_cast<int>(threadIdx.x) % 32 / 4, num_rows, group};
+  __syncthreads();  // tables, infos and row tokens are written
+
+  // The first tiles travel while q is rotated.
+  PageLoader<Config> loader{smem, copy_bytes, block_shift};
+  if (threadIdx.x % Config::kThreadsPerToken == 2) {
+#pragma unroll
+    for (int i = 0; i < Config::kStages; ++i) loader.copy_page_id(i, p.cache);
+  }
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncwarp();  // page ids were fetched by a neighbouring lane
+#pragma unroll
+  for (int i = 0; i < Config::kStages; ++i) {
+    loader.copy(i, p.cache);
+    ptx::cp_async_commit();
+  }
+
   QueryFragments<Config> q;
-  load_query<Config>(p, rows, tile.q_begin, kv_head * group, smem + Config::kBuffers, q);
-  __syncthreads();  // tables written; the rotation panel may be overwritten by tile 0
+  load_query<Config>(p, smem, q);
+  __syncthreads();  // the rotation panel has been read: tile 0 may take its place
 
   SoftmaxState<Config> state;
   const float k_unit = Config::kInt8
@@ -773,58 +896,61 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                            : ptx::ld_shared_f32(smem + Config::kTables + offsetof(CodebookTables, k_unit));
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    state.scale[i] = q.scale[i] * k_unit * fabsf(p.sm_scale) * kLog2e;
-    if (state.scale[i] == 0.f) state.scale[i] = 1e-30f;  // 0 * (-inf) must not turn into NaN
+    float scale = q.scale[i] * k_unit * fabsf(p.sm_scale) * kLog2e;
+    if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
+    if (threadIdx.x % 4 == 0) {
+      const int row = warp * Config::kWarpRows + threadIdx.x % 32 / 4 + 8 * i;
+      ptx::st_shared_u32(smem + Config::kRowScales + 4 * row, __float_as_uint(scale));
+    }
     state.m[i] = kMinusHuge;
     state.l[i] = 0.f;
   }
   float o[Config::kMTiles][D / 8][4] = {};
 
-  // Keys that some row of this warp may see: other steps are skipped, not masked.
-  const bool warp_active = warp_row < num_rows;
-  const int warp_last = min(warp_row + Config::kWarpRows, num_rows) - 1;
-  const int pos_first = pos0 + warp_row / group, pos_last = pos0 + max(warp_last, 0) / group;
-  const KeyRange warp_keys =
-      visible_keys(pos_first, pos_last, p.window_left, p.window_right, num_keys);
-  // Keys that every row of this warp sees: steps inside need no mask.
-  const int full_begin = pos_last - window_or_max(p.window_left);
-  const int full_end = min(num_keys, pos_first + window_or_max(p.window_right) + 1);
-
-  if (num_tiles > 0) {
+  const auto num_tiles = [&] { return tile_info<Config>(smem, offsetof(TileInfo, num_tiles)); };
+  const auto key_begin_of = [&](int i) {
+    return static_cast<int>(
+        ptx::ld_shared_volatile(smem + Config::kPageInfo + offsetof(PageInfo, key_begin)) +
+        i * Config::kTile);
+  };
+  if (num_tiles() > 0) {
     ptx::cp_async_wait<Config::kStages - 1>();
     __syncwarp();  // the V norm was copied by a neighbouring lane
-    unpack_tile<Config>(smem, 0, key_begin, keys.end);
+    unpack_tile<Config>(smem, 0);
   }
-  for (int i = 0; i < num_tiles; ++i) {
+  for (int i = 0; i < num_tiles(); ++i) {
     // Tile i is unpacked; buffer (i + 1) % 2 and raw stage i % 3 are free.
     __syncthreads();
-    loader.copy(i + Config::kStages);
+    loader.copy(i + Config::kStages, p.cache);
     ptx::cp_async_commit();
-    loader.prefetch_page(i + Config::kStages + 1);
-    ptx::cp_async_wait<Config::kStages - 1>();  // raw tile i + 1 of this thread has landed
+    // Raw tile i + 1 and the page ids of tile i + 4 have landed, as far as this thread copied them;
+    // the V norm and the page id come from neighbouring lanes.
+    ptx::cp_async_wait<Config::kStages - 1>();
     __syncwarp();
     const bool unpack_first = warp < Config::kWarps / 2;
-    if (unpack_first && i + 1 < num_tiles) unpack_tile<Config>(smem, i + 1, key_begin, keys.end);
+    if (unpack_first && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
 
-    const uint32_t buffer = smem + Config::kBuffers + i % 2 * Config::kBufferBytes;
 #pragma unroll 1
     for (int inner = 0; inner < Config::kTile / Config::kInner; ++inner) {
-      const int first_key = key_begin + i * Config::kTile + inner * Config::kInner;
+      // Opaque: what is derived from it is recomputed, not carried through the loop.
+      const uint32_t buffer = ptx::opaque(smem + Config::kBuffers + i % 2 * Config::kBufferBytes);
+      const int first_key = key_begin_of(i) + inner * Config::kInner;
       const int last_key = first_key + Config::kInner - 1;
-      if (!warp_active || first_key >= warp_keys.end || last_key < warp_keys.begin) continue;
+      const uint4 seen = ptx::ld_shared_v4(smem + Config::kWarpKeys + 16 * warp);
+      if (first_key >= static_cast<int>(seen.y) || last_key < static_cast<int>(seen.x)) continue;
       float s[Config::kMTiles][4][4];
       compute_qk<Config>(buffer, inner, q, s);
-      if (p.softcap > 0.f) apply_softcap<Config>(p.softcap, state, s);
-      if (last_key >= full_end || first_key < full_begin) {
-        apply_mask<Config>(first_key, rows, pos0, num_keys, p.window_left, p.window_right, s);
+      if (p.softcap > 0.f) apply_softcap<Config>(p.softcap, smem, s);
+      if (first_key < static_cast<int>(seen.z) || last_key >= static_cast<int>(seen.w)) {
+        apply_mask<Config>(first_key, smem, p.window_left, p.window_right, s);
       }
-      update_softmax<Config>(s, state, o);
+      update_softmax<Config>(smem, s, state, o);
       compute_pv<Config>(buffer, inner, s, o);
     }
-    if (!unpack_first && i + 1 < num_tiles) unpack_tile<Config>(smem, i + 1, key_begin, keys.end);
+    if (!unpack_first && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
   }
   ptx::cp_async_wait<0>();
-  write_output<Config>(p, rows, tile.q_begin, kv_head * group, smem + Config::kBuffers, state, o);
+  write_output<Config>(p, smem, state, o);
 }
 
 }  // namespace tq4::sm80

@@ -6,6 +6,20 @@
 
 namespace tq4::ptx {
 
+// threadIdx.x that the compiler re-reads at each use.  What is derived from it is then recomputed
+// inside a loop instead of being kept in registers across it.
+__device__ __forceinline__ uint32_t thread_idx_volatile() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// A value the compiler must keep in a register rather than compute again.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x, about 2 ulp; exp2(-inf) = 0 (PTX ISA: ex2.approx).
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

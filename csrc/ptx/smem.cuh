@@ -28,6 +28,19 @@ __device__ __forceinline__ uint32_t ld_shared_u32(uint32_t address) {
   return v;
 }
 
+// Not hoisted out of a loop, unlike the plain load.
+__device__ __forceinline__ uint32_t ld_shared_volatile(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t ld_shared_u16(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+  return v;
+}
+
 __device__ __forceinline__ float ld_shared_f32(uint32_t address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
