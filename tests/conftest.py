@@ -25,13 +25,15 @@ except ImportError:
     sys.path.insert(0, str(ROOT / "python"))
     import tq4
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+if not HAS_GPU:
+    torch.set_num_threads(1)  # the shapes are tiny: threads only wait for each other
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
-    config.addinivalue_line("markers", "sanitizer: the reduced set that tests/sanitize.py runs for compute-sanitizer")
+    config.addinivalue_line(
+        "markers", "sanitizer: the reduced set that tests/sanitize.py runs for compute-sanitizer"
+    )
 
 
 def pytest_report_header() -> str:

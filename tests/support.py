@@ -50,8 +50,8 @@ TOLERANCES = {
 }
 #: Rounding of an output to its dtype, allowed on top of every bound: half a unit in the last place.
 OUTPUT_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0}
-#: LSE, absolute: the INT8 recipe against itself, and against exact attention.
-LSE_TOLERANCE = {"recipe": 2e-3, "recipe-rotated": 1e-2, "fp16": 5e-3, "exact": 1e-1}
+#: LSE, relative to 1 + the size of the scores: against the recipe, and against exact attention.
+LSE_TOLERANCE = {"recipe": 2e-3, "recipe-rotated": 1e-2, "fp16": 5e-3, "exact": 5e-2}
 #: Indices may differ where a coordinate is this close to a boundary; norms by this much, relative.
 BOUNDARY_SLACK = 1e-5
 NORM_RELATIVE = 1e-6
@@ -93,11 +93,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: str | Boun
 
 
 def assert_lse_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: str | float) -> None:
-    """Fail unless LSEs agree: -inf exactly where expected, the rest within an absolute tolerance."""
+    """Fail unless LSEs agree: -inf exactly where expected, the rest within tolerance * (1 + |expected|)."""
     limit = LSE_TOLERANCE[tolerance] if isinstance(tolerance, str) else tolerance
     empty = expected == -math.inf
     assert torch.equal(actual == -math.inf, empty), "LSE: -inf in the wrong rows"
-    difference = (actual.double() - expected.double())[~empty].abs()
+    difference = (actual.double() - expected.double())[~empty].abs() / (1 + expected.double()[~empty].abs())
     assert difference.isfinite().all(), "LSE: not finite"
     worst = float(difference.max()) if difference.numel() else 0.0
     assert worst <= limit, f"LSE differs by {worst:.2e} > {limit:.0e}"
@@ -167,12 +167,12 @@ def vectors(
     """Test vectors ``[tokens, heads, head_dim]`` on the CPU.
 
     Args:
-        kind: "gaussian", or "outlier": Gaussian with every 16th row times 20 and one channel times 10.
+        kind: "gaussian", or "outlier": Gaussian with every 37th token times 20 and one channel times 10.
     """
     x = torch.randn(tokens, heads, head_dim, generator=generator)
     if kind == "outlier":
-        x[:, :, head_dim // 3] *= 10.0
-        x.view(-1, head_dim)[5::16] *= 20.0
+        x[::37] *= 20.0
+        x[:, :, 5] *= 10.0
     elif kind != "gaussian":
         raise ValueError(f"kind: expected gaussian or outlier, got {kind!r}")
     return x.to(dtype)
@@ -274,7 +274,8 @@ def make_case(
     Args:
         kv_lens: keys of each sequence; 0 is allowed.
         q_lens: queries of each sequence; default: as many as keys.
-        data: "gaussian", "outlier" (:func:`vectors`) or "real" (:func:`real_qkv`; fixes heads and head_dim).
+        data: "gaussian", "outlier" (of q, see :func:`vectors`) or "real" (:func:`real_qkv`; fixes the heads
+            and head_dim).
         padding_rows: rows of q after the last sequence's.
         row_padding: unused bytes after each token (token-major) or block (head-major), left at 0xFF.
         spare_blocks: blocks that no sequence owns.
@@ -297,7 +298,7 @@ def make_case(
         q = real["q"][torch.cat(rows)].to(dtype)
     else:
         q = vectors(data, total_q, num_q_heads, head_dim, dtype, generator)
-        key = vectors(data, total_kv, num_kv_heads, head_dim, dtype, generator)
+        key = vectors("gaussian", total_kv, num_kv_heads, head_dim, dtype, generator)
         value = vectors("gaussian", total_kv, num_kv_heads, head_dim, dtype, generator)
     if padding_rows:
         q = torch.cat([q, torch.full((padding_rows, num_q_heads, head_dim), math.nan, dtype=dtype)])
