@@ -1,0 +1,416 @@
+// The main kernel of decode, once for all architectures; how tiles reach shared memory is the
+// Pipeline parameter (decode_pipeline.cuh).
+//
+//   decode_prepare   q_rot = q R^T, row scales, q8 and residual               -> workspace
+//   decode_kernel    partial softmax(S) V' over this CTA's share of the keys  -> workspace
+//   decode_combine   sum of the partials, sink, LSE, out = O R
+//
+// One CTA an SM takes an equal share of the batch's keys (decode_schedule.h) and all KV heads of a
+// tile of 16 tokens at once, so that a page is copied whole: one run of Hkv * 16 * (D + 8) bytes.
+//
+//   warp kWarps          producer: block table -> page -> stage ring
+//   warps 0 .. kWarps-1  consumers: warp = team * slots + slot; a slot is a (KV head, row group) of
+//                        the chunk, and teams take the tiles in turn
+//
+//   tile      0   1   2   3   4   5 ...      8 KV heads, 16 warps: slots = 8, teams = 2
+//   team      0   1   0   1   0   1
+//   stage     0   1   2   3   0   1          num_stages = 4
+//
+// Barriers, per stage: full (producer -> consumers: the tile has landed) and empty (the slots of the
+// one team that read it -> producer: it may be overwritten).  At the end of a segment the active
+// consumers meet to merge their teams (decode_merge.cuh); the producer runs ahead into the next
+// segment meanwhile.
+//
+// Shared memory: pair table (64 KB) | barriers, scratch | merge exchange | stages
+#pragma once
+#include <cstdint>
+
+#include "../params.h"
+#include "../ptx/grid_dependency.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "decode_merge.cuh"
+#include "decode_plan.h"
+#include "decode_schedule.h"
+#include "decode_step.cuh"
+#include "decode_table.cuh"
+
+namespace tq4 {
+
+// What a consumer warp needs between segments and on their edges only; kept out of the registers of
+// the tile loop.  Written by all lanes alike.
+struct WarpScratch {
+  SegmentWalker walker;
+  DecodeSegment segment;
+};
+
+struct DecodeShared {
+  uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
+  int32_t warp_sums[32];
+  int8_t key_codes[16];
+  int32_t start_seq, start_prefix, total;
+  WarpScratch warps[16];
+};
+static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
+
+// A position in the stage ring, advanced tile by tile.
+struct RingPosition {
+  int stage;
+  uint32_t parity;  // of the phase in which the stage is filled for this tile
+
+  __device__ __forceinline__ void advance(int tiles, int num_stages) {
+    stage += tiles;
+    while (stage >= num_stages) {
+      stage -= num_stages;
+      parity ^= 1;
+    }
+  }
+};
+
+__device__ __forceinline__ DecodeBatch decode_batch(const AttentionParams& p, const DecodePlan& plan) {
+  return {p.seq_lens,      p.query_start_loc, p.num_seqs,       p.window_left,
+          p.window_right,  plan.num_chunks,   plan.segment_cost};
+}
+
+// [1/6] Where this CTA's share begins: a scan over the sequences' costs by the whole CTA.  CTA 0
+// leaves the prefix sums for the combine kernel.  Ends with a barrier.
+template <int kThreads>
+__device__ __forceinline__ void find_share(const DecodeBatch& batch, int32_t* prefix_out,
+                                           DecodeShared& shared) {
+  constexpr int kWarpsTotal = kThreads / kWarpSize;
+  const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const auto cost_of = [&](int seq) {
+    return seq < batch.num_seqs ? batch.unit_cost(batch.tiles(seq)) : 0;
+  };
+  // Exclusive prefix within `kThreads` sequences; `total` is their sum.
+  const auto scan = [&](int cost, int& total) {
+    int sum = cost;
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, sum, step);
+      if (lane >= step) sum += other;
+    }
+    __syncthreads();  // the sums of the previous round have been read
+    if (lane == kWarpSize - 1) shared.warp_sums[warp] = sum;
+    __syncthreads();  // all warps' sums are there
+    int before = 0;
+    total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarpsTotal; ++w) {
+      if (w == warp) before = total;
+      total += shared.warp_sums[w];
+    }
+    return before + sum - cost;
+  };
+
+  int total = 0;
+  if (batch.num_seqs > kThreads) {
+    for (int seq = thread; seq < round_up(batch.num_seqs, kThreads); seq += kThreads) {
+      int sum;
+      scan(cost_of(seq), sum);
+      total += sum;
+    }
+  }
+  int before = 0;
+  for (int seq = thread; seq < round_up(batch.num_seqs, kThreads); seq += kThreads) {
+    int sum;
+    const int cost = cost_of(seq);
+    const int prefix = before + scan(cost, sum);
+    if (batch.num_seqs <= kThreads) total = sum;
+    const int64_t begin = share_begin(static_cast<int64_t>(total) * batch.num_chunks, blockIdx.x,
+                                      gridDim.x);
+    if (static_cast<int64_t>(prefix) * batch.num_chunks <= begin &&
+        begin < static_cast<int64_t>(prefix + cost) * batch.num_chunks) {
+      shared.start_seq = seq;
+      shared.start_prefix = prefix;
+    }
+    if (blockIdx.x == 0 && seq < batch.num_seqs) prefix_out[seq] = prefix;
+    before += sum;
+  }
+  if (thread == 0) {
+    shared.total = total;
+    if (total == 0) shared.start_seq = batch.num_seqs;  // nothing to do
+    if (blockIdx.x == 0) prefix_out[batch.num_seqs] = total;
+  }
+  __syncthreads();  // start and total are there
+}
+
+__device__ __forceinline__ SegmentWalker make_walker(const DecodeBatch& batch, const DecodeShared& shared) {
+  return SegmentWalker::make(batch, static_cast<int64_t>(shared.total) * batch.num_chunks, blockIdx.x,
+                             gridDim.x, shared.start_seq, shared.start_prefix);
+}
+
+// [2/6] The producer warp: for each tile, its page id (read 32 tiles at a time, one batch ahead), a
+// free stage, the copy.
+template <typename Pipeline>
+__device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
+                                        const DecodeShared& shared, uint32_t barriers,
+                                        uint32_t stages) {
+  const int lane = threadIdx.x % kWarpSize;
+  const DecodeBatch batch = decode_batch(p, plan);
+  SegmentWalker walker = make_walker(batch, shared);
+  DecodeSegment segment;
+  RingPosition ring{0, 0};
+  const Pipeline pipeline(p.cache, plan, barriers, stages);
+  while (walker.next(batch, segment)) {
+    const int32_t* table = p.block_table + segment.seq * p.block_table_stride;
+    // Entries past the last tile are garbage and never read.
+    const auto page_of = [&](int tile) {
+      return tile < segment.tile_end ? table[tile / plan.tiles_per_block] : 0;
+    };
+    int next_page = page_of(segment.tile_begin + lane);
+    for (int first = segment.tile_begin; first < segment.tile_end; first += kWarpSize) {
+      const int page = next_page;
+      next_page = page_of(first + kWarpSize + lane);
+      const int count = min(kWarpSize, segment.tile_end - first);
+      for (int i = 0; i < count; i += pipeline.batch) {
+        const int mine = i + pipeline.lane_tile;  // the lane's tile of this step
+        const int its_page = __shfl_sync(kFullWarp, page, mine % kWarpSize);
+        const bool active = pipeline.lane_tile < pipeline.batch && mine < count;
+        RingPosition at = ring;
+        at.advance(pipeline.lane_tile, plan.num_stages);
+        pipeline.copy(active, its_page, (first + mine) % plan.tiles_per_block, segment.chunk, at);
+        ring.advance(min(pipeline.batch, count - i), plan.num_stages);
+      }
+    }
+  }
+}
+
+// [3/6] The lane's rows of one segment: quantised q and scales.
+template <typename Config>
+__device__ __forceinline__ void load_rows(const AttentionParams& p, const DecodePlan& plan,
+                                          const DecodeSegment& segment, int kv_head, int first_row,
+                                          float key_unit, DecodeRows<Config>& rows) {
+  constexpr int D = Config::D;
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const auto* workspace = static_cast<const uint8_t*>(p.workspace);
+  const auto* scales = reinterpret_cast<const float*>(workspace + plan.query_scale);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {  // A rows g and g + 8
+    const int octet = Config::kOctets == 2 ? i : 0;
+    const int row = first_row + 8 * octet + g;
+    const bool exists = row < segment.num_queries * plan.group && row < plan.max_rows;
+    const int query = row / plan.group;
+    const int64_t index = static_cast<int64_t>(segment.query_begin + query) * p.num_q_heads +
+                          kv_head * plan.group + (row - query * plan.group);
+    if (i < Config::kOctets) {
+      rows.scale[i] = exists ? scales[index] * key_unit : 0.f;
+    }
+    if constexpr (Config::kInt8) {
+      const bool residual = Config::kResidual && i == 1;
+      const auto* codes = workspace + (residual ? plan.query_residual : plan.query_codes) + index * D;
+#pragma unroll
+      for (int k = 0; k < Config::kKeySteps; ++k) {
+        uint2 w = make_uint2(0, 0);
+        if (exists) w = *reinterpret_cast<const uint2*>(codes + Config::Map::key_dim(t, k));
+        rows.q[k][i] = w.x;
+        rows.q[k][2 + i] = w.y;
+      }
+    } else {
+      const auto* codes = workspace + (i == 1 ? plan.query_residual : plan.query_codes) + index * D * 2;
+#pragma unroll
+      for (int k = 0; k < Config::kKeySteps; k += 2) {
+        uint4 w = make_uint4(0, 0, 0, 0);
+        if (exists) w = *reinterpret_cast<const uint4*>(codes + 2 * Config::Map::key_dim(t, k / 2));
+        rows.q[k][i] = w.x;
+        rows.q[k][2 + i] = w.y;
+        rows.q[k + 1][i] = w.z;
+        rows.q[k + 1][2 + i] = w.w;
+      }
+    }
+  }
+}
+
+// Keys of the tile that the lane's row 8 i + g may not see, bit 4 i + column.
+template <typename Config>
+__device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, const DecodePlan& plan,
+                                                   const DecodeSegment& segment, int first_row,
+                                                   int tile, uint32_t tokens) {
+  const int g = threadIdx.x % kWarpSize / 4;
+  uint32_t hidden = 0;
+#pragma unroll
+  for (int i = 0; i < Config::kOctets; ++i) {
+    const int query = (first_row + 8 * i + g) / plan.group;
+    const int position = segment.num_keys - segment.num_queries + query;
+    const int64_t end = static_cast<int64_t>(position) + window_or_max(p.window_right) + 1;
+    const int first_key = position - window_or_max(p.window_left);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int key = tile * kTileTokens + static_cast<int>(tokens >> (8 * c) & 255);
+      if (key < first_key || key >= end || key >= segment.num_keys) hidden |= 1u << (4 * i + c);
+    }
+  }
+  return hidden;
+}
+
+// [4/6] One tile.  The stage is given back as soon as its last bytes are in registers.
+template <typename Config, typename Hidden>
+__device__ __forceinline__ void consume_tile(uint32_t stage, uint32_t empty, uint32_t table,
+                                             const LaneOffsets& at, const ByteTable& key_codes,
+                                             const DecodeRows<Config>& rows, float cap_log2e,
+                                             Hidden&& hidden_of_tile, DecodeState<Config>& state) {
+  float s[Config::kOctets][4];
+  compute_scores<Config>(stage, table, at, key_codes, rows, s);
+
+  float key_norm[4], value_norm[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    key_norm[c] = ptx::ld_shared_f32(stage + at.norm[c]);
+    value_norm[c] = ptx::ld_shared_f32(stage + at.norm[c] + at.value_norm_delta);
+  }
+  uint32_t words[4][Config::Map::kValueWords];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) load_value_words<Config::D>(stage + at.value[c], at.wide, words[c]);
+  __syncwarp();  // all lanes have read the stage
+  if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
+
+  uint32_t weights[Config::kOctets][2];
+  update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state, weights);
+  accumulate_values<Config>(table, words, weights, state);
+}
+
+// A consumer warp's place in the CTA.
+struct ConsumerPlace {
+  TeamPlace team;
+  int head;       // of the chunk
+  int first_row;  // of the KV head's rows
+};
+
+// [5/6] One segment: its tiles, team by team.
+template <typename Config>
+__device__ __forceinline__ void consume_segment(const AttentionParams& p, const DecodePlan& plan,
+                                                const DecodeSegment& segment, const ConsumerPlace& place,
+                                                uint32_t table, uint32_t barriers, uint32_t stages,
+                                                const LaneOffsets& at, const ByteTable& key_codes,
+                                                float key_unit, RingPosition ring,
+                                                DecodeState<Config>& state) {
+  const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
+  const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
+  const bool has_rows = place.first_row < segment.num_queries * plan.group;
+  DecodeRows<Config> rows;
+  load_rows<Config>(p, plan, segment, segment.chunk * plan.heads_per_chunk + place.head,
+                    place.first_row, key_unit, rows);
+  const float cap_log2e = p.softcap * 1.4426950408889634f;
+  // Tiles [full_begin, full_end) are seen whole by every row: no mask.
+  const int first_position = segment.num_keys - segment.num_queries;
+  const int64_t end = static_cast<int64_t>(first_position) + window_or_max(p.window_right) + 1;
+  const int full_end =
+      static_cast<int>(max(int64_t{0}, min(end, int64_t{segment.num_keys}))) / kTileTokens;
+  const int full_begin =
+      ceil_div(max(0, segment.num_keys - 1 - window_or_max(p.window_left)), kTileTokens);
+
+  state.clear();
+  ring.advance(place.team.team, plan.num_stages);
+  const int tile_end = segment.tile_end;
+#pragma unroll 1
+  for (int tile = segment.tile_begin + place.team.team; tile < tile_end; tile += plan.teams) {
+    ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);  // the tile has landed
+    if (has_rows) {
+      consume_tile<Config>(
+          stages + ring.stage * plan.copy.stage_bytes, empty + 8 * ring.stage, table, at, key_codes,
+          rows, cap_log2e,
+          [&]() -> uint32_t {
+            if (tile >= full_begin && tile < full_end) return 0;
+            return hidden_columns<Config>(p, plan, segment, place.first_row, tile, at.tokens);
+          },
+          state);
+    } else if (threadIdx.x % kWarpSize == 0) {
+      ptx::mbarrier_arrive(empty + 8 * ring.stage);
+    }
+    ring.advance(plan.teams, plan.num_stages);
+  }
+}
+
+template <typename Config>
+__device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
+                                        DecodeShared& shared, uint32_t table, uint32_t barriers,
+                                        uint32_t exchange, uint32_t stages) {
+  const int warp = threadIdx.x / kWarpSize;
+  const float value_unit = write_pair_table(table, p.v_centroids, warp, Config::kWarps);
+  float key_unit = 1.f;
+  ByteTable key_codes{};
+  if constexpr (Config::kInt8) {
+    if (threadIdx.x < 16) shared.key_codes[threadIdx.x] = p.k_codes[threadIdx.x];
+  } else {
+    key_unit = write_pair_table(table + kKeyPairOffset, p.k_centroids, warp, Config::kWarps);
+  }
+  ptx::named_barrier_sync(kConsumerBarrier, Config::kWarps * kWarpSize);  // the tables are complete
+  if constexpr (Config::kInt8) {
+    // From shared memory: a uniform load would put the table into uniform registers, from which
+    // every byte permute would have to copy it first.
+    const uint4 w = ptx::ld_shared_v4(barriers + static_cast<uint32_t>(offsetof(DecodeShared, key_codes)));
+    key_codes = {w.x, w.y, w.z, w.w};
+  }
+  ptx::wait_for_predecessor();  // decode_prepare has written q
+
+  if (warp >= plan.slots * plan.teams) return;
+  const int slot = warp % plan.slots;
+  const ConsumerPlace place{{warp / plan.slots, slot, plan.teams, plan.slots, exchange},
+                            slot / plan.row_groups,
+                            slot % plan.row_groups * Config::kRows};
+  const LaneOffsets at =
+      make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head, plan.wide_loads);
+
+  WarpScratch& scratch = shared.warps[warp];
+  scratch.walker = make_walker(decode_batch(p, plan), shared);
+  RingPosition ring{0, 0};  // of the segment's first tile
+  DecodeState<Config> state;
+  while (true) {
+    __syncwarp();  // all lanes are done with the scratch of the last segment
+    SegmentWalker walker = scratch.walker;
+    DecodeSegment segment;
+    if (!walker.next(decode_batch(p, plan), segment)) return;
+    __syncwarp();  // all lanes have read the walker
+    scratch.walker = walker;
+    scratch.segment = segment;
+    __syncwarp();  // written
+    const volatile DecodeSegment& kept = scratch.segment;
+    consume_segment<Config>(p, plan, scratch.segment, place, table, barriers, stages, at, key_codes,
+                            key_unit, ring, state);
+    ring.advance((kept.tile_end - kept.tile_begin) % (2 * plan.num_stages), plan.num_stages);
+
+    // [6/6] The teams' results become one, which goes to the workspace.
+    merge_teams<Config>(place.team, state);
+    const int count = min(kept.num_queries * plan.group, plan.max_rows) - place.first_row;
+    if (place.team.team == 0 && count > 0) {
+      const int64_t unit = static_cast<int64_t>(kept.seq) * plan.num_chunks + kept.chunk;
+      const int64_t first = ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.max_rows +
+                            place.first_row;
+      auto* workspace = static_cast<uint8_t*>(p.workspace);
+      write_partial<Config>(reinterpret_cast<float2*>(workspace + plan.partial_stats),
+                            reinterpret_cast<float*>(workspace + plan.partial_out), first, count,
+                            value_unit, state);
+    }
+  }
+}
+
+template <typename Config, typename Pipeline>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ DecodePlan plan) {
+  extern __shared__ __align__(128) uint8_t decode_smem[];
+  auto& shared = *reinterpret_cast<DecodeShared*>(decode_smem + kPairTableBytes);
+  const uint32_t smem = ptx::smem_address(decode_smem);
+  const uint32_t barriers = smem + kPairTableBytes;
+  ptx::allow_dependent_launch();
+
+  if (threadIdx.x < plan.num_stages) {
+    const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
+    const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
+    ptx::mbarrier_init(full + 8 * threadIdx.x, Pipeline::kFullArrivals);
+    ptx::mbarrier_init(empty + 8 * threadIdx.x, plan.slots);
+    ptx::mbarrier_fence_init();
+  }
+  // Its barriers also order the inits above before every use.
+  find_share<Config::kThreads>(
+      decode_batch(p, plan),
+      reinterpret_cast<int32_t*>(static_cast<uint8_t*>(p.workspace) + plan.seq_prefix), shared);
+
+  if (threadIdx.x / kWarpSize == Config::kWarps) {
+    produce<Pipeline>(p, plan, shared, barriers, smem + plan.stage_offset);
+    ptx::wait_for_predecessor();  // so that whoever waits for this grid has waited for that one too
+  } else {
+    consume<Config>(p, plan, shared, smem, barriers, smem + plan.merge_offset,
+                    smem + plan.stage_offset);
+  }
+}
+
+}  // namespace tq4

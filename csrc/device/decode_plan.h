@@ -1,0 +1,352 @@
+// Host side of decode: everything about a launch that follows from shapes, strides and the device.
+// No CUDA here; tests/cpp checks it.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../params.h"
+#include "decode_map.h"
+#include "decode_schedule.h"
+
+namespace tq4 {
+
+// Query rows of a warp in groups of 8.  With one, the other half of the A operand holds what rounding
+// left of q.  Two share the unpacking of K and V among 16 rows; at D = 256 their accumulators do not fit
+// in registers.  fp16 mode is for comparison and has one kind.
+constexpr int decode_octets(int head_dim, int max_rows, bool int8) {
+  return int8 && max_rows > 8 && head_dim != 256 ? 2 : 1;
+}
+
+// Consumer warps of a CTA: 16 hide latency best, but have 96 registers a thread (the producer is the
+// fifth warp of one scheduler); 8 have 168.
+constexpr int decode_warps(int head_dim, int octets, bool int8) {
+  return head_dim == 256 || !int8 || octets == 2 ? 8 : 16;
+}
+
+constexpr int kPairTableBytes = 256 * 256;  // device/decode_table.cuh
+constexpr int kDecodeMaxStages = 64;
+constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 2048;  // barriers and scratch
+constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
+
+// Shared memory of a CTA by compute capability, after opt-in.
+inline int decode_smem_limit(int arch) {
+  if (arch == 80 || arch == 87) return 163 * 1024;
+  if (arch >= 90 && arch < 120) return 227 * 1024;
+  return 99 * 1024;
+}
+
+// What the kernels get besides AttentionParams.
+struct DecodePlan {
+  TileCopy copy;
+  TokenMap token_map;
+  int32_t group;             // query heads of a KV head
+  int32_t max_rows;          // query rows of a KV head: group * max_query_len
+  int32_t octets;            // 8-row groups of a warp: 1 or 2
+  int32_t row_groups;        // warps that share a (KV head, tile)
+  int32_t heads_per_chunk, num_chunks;
+  int32_t slots;             // warps of a team: heads_per_chunk * row_groups
+  int32_t teams;             // teams take the tiles in turn
+  int32_t warps;             // consumer warps, slots * teams of them active
+  int32_t num_stages;
+  int32_t tiles_per_block;
+  int32_t segment_cost;
+  int32_t grid;
+  int32_t wide_loads;        // stage rows are aligned for vector loads
+  int32_t smem_bytes, merge_offset, stage_offset;  // shared memory
+  // Workspace, byte offsets.
+  int64_t query_codes;       // INT8: int8 [T, Hq, D]; fp16: fp16 [T, Hq, D]
+  int64_t query_residual;    // the same of what rounding left; one octet only
+  int64_t query_scale;       // fp32 [T, Hq]: log2 units of one unit of norm * (q . k)
+  int64_t seq_prefix;        // int32 [B + 1]: sum of unit_cost over the sequences before
+  int64_t partial_stats;     // float2 {m, l} [partials, heads_per_chunk, max_rows]
+  int64_t partial_out;       // fp32 [partials, heads_per_chunk, max_rows, D]
+  int64_t workspace_bytes;
+
+  bool bulk() const { return copy.width == 16; }
+};
+
+// Lowers a page view to runs of bytes, merging neighbours: a page whose 16 tokens lie back to back
+// is a single run whatever the layout.
+inline TileCopy make_tile_copy(const PageView& view, int heads_per_chunk) {
+  const int codes = view.head_dim / 2;
+  const int num_chunks = view.num_kv_heads / heads_per_chunk;
+  const int tiles_per_block = view.block_size / kTileTokens;
+  const bool token_major = view.code_token_stride == view.norm_token_stride;
+  const bool head_major = view.code_token_stride == codes && view.norm_token_stride == 4;
+  if (token_major ? view.code_head_stride != codes || view.norm_head_stride != 4
+                  : !head_major || view.code_head_stride != view.norm_head_stride) {
+    throw std::invalid_argument("cache: a page view is token-major or head-major");
+  }
+
+  TileCopy copy{};
+  CopyRun fields[4];  // K codes, V codes, K norms, V norms
+  const int starts[4] = {view.k_codes, view.v_codes, view.k_norms, view.v_norms};
+  for (int i = 0; i < 4; ++i) {
+    const int element = i < 2 ? codes : 4;  // bytes of a token and head
+    CopyRun& field = fields[i];
+    field.src = starts[i];
+    if (token_major) {
+      field.bytes = heads_per_chunk * element;
+      field.tile_stride = kTileTokens * view.code_token_stride;
+      field.chunk_stride = field.bytes;
+    } else {
+      field.bytes = kTileTokens * element;
+      field.tile_stride = field.bytes;
+      field.chunk_stride = heads_per_chunk * view.code_head_stride;
+    }
+  }
+  copy.reps = token_major ? kTileTokens : heads_per_chunk;
+  copy.src_stride = token_major ? view.code_token_stride : view.code_head_stride;
+
+  // Runs in order of address; a field that starts where the one before ends joins its run, unless
+  // later tiles or chunks would tear them apart.
+  int order[4] = {0, 1, 2, 3};
+  std::sort(order, order + 4, [&](int a, int b) { return fields[a].src < fields[b].src; });
+  int run_of[4];
+  const bool one_chunk = num_chunks == 1, one_tile = tiles_per_block == 1;
+  for (int i : order) {
+    const CopyRun& field = fields[i];
+    if (copy.num_runs > 0) {
+      CopyRun& last = copy.run[copy.num_runs - 1];
+      const bool same_tiles = one_tile || last.tile_stride == field.tile_stride;
+      // Token-major chunks move codes and norms by different amounts.
+      const bool same_chunks = one_chunk || !token_major;
+      if (last.src + last.bytes == field.src && same_tiles && same_chunks) {
+        last.bytes += field.bytes;
+        run_of[i] = copy.num_runs - 1;
+        continue;
+      }
+    }
+    run_of[i] = copy.num_runs;
+    copy.run[copy.num_runs++] = field;
+  }
+  int span = 0;
+  for (int i = 0; i < copy.num_runs; ++i) {
+    copy.run[i].dst = span;
+    // A whole merged row keeps its own length, so that it may merge with the next row.
+    span += copy.num_runs == 1 && copy.src_stride == copy.run[i].bytes
+                ? copy.run[i].bytes
+                : round_up(copy.run[i].bytes, 16);
+  }
+  copy.dst_stride = span;
+  copy.bytes = 0;
+  for (int i = 0; i < copy.num_runs; ++i) copy.bytes += copy.reps * copy.run[i].bytes;
+  copy.stage_bytes = round_up(copy.reps * span, 128);
+
+  int at[4];
+  for (int i = 0; i < 4; ++i) {
+    at[i] = copy.run[run_of[i]].dst + (fields[i].src - copy.run[run_of[i]].src);
+  }
+  StageView& stage = copy.stage;
+  stage.k_codes = at[0];
+  stage.v_codes = at[1];
+  stage.k_norms = at[2];
+  stage.v_norms = at[3];
+  stage.code_token_stride = token_major ? copy.dst_stride : codes;
+  stage.code_head_stride = token_major ? codes : copy.dst_stride;
+  stage.norm_token_stride = token_major ? copy.dst_stride : 4;
+  stage.norm_head_stride = token_major ? 4 : copy.dst_stride;
+
+  if (copy.num_runs == 1 && copy.src_stride == copy.run[0].bytes) {
+    copy.run[0].bytes *= copy.reps;
+    copy.reps = 1;
+  }
+
+  uint64_t bits = reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride);
+  if (copy.reps > 1) bits |= static_cast<uint64_t>(copy.src_stride | copy.dst_stride);
+  for (int i = 0; i < copy.num_runs; ++i) {
+    const CopyRun& run = copy.run[i];
+    bits |= static_cast<uint64_t>(run.src | run.dst | run.bytes);
+    if (!one_tile) bits |= static_cast<uint64_t>(run.tile_stride);
+    if (!one_chunk) bits |= static_cast<uint64_t>(run.chunk_stride);
+  }
+  copy.width = bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 4;
+  return copy;
+}
+
+// Shared-memory wavefronts of one warp load of `width` bytes a lane: 128 bytes at a time, lanes in
+// groups of 128 / width, one more for every further word on the same bank.
+inline int shared_wavefronts(const std::array<int, 32>& address, int width) {
+  const int lanes = std::min(32, 128 / width);
+  int total = 0;
+  for (int begin = 0; begin < 32; begin += lanes) {
+    int worst = 1;
+    for (int bank = 0; bank < 32; ++bank) {
+      int words[32 * 4], count = 0;
+      for (int lane = begin; lane < begin + lanes; ++lane) {
+        for (int byte = 0; byte < width; byte += 4) {
+          const int word = (address[lane] + byte) / 4;
+          if (word % 32 == bank && std::find(words, words + count, word) == words + count) {
+            words[count++] = word;
+          }
+        }
+      }
+      worst = std::max(worst, count);
+    }
+    total += worst;
+  }
+  return total;
+}
+
+// Wavefronts of the loads of K, V and norms of one tile and head.
+template <int D>
+inline int tile_wavefronts(const StageView& stage, const TokenMap& map) {
+  using Map = DecodeMap<D>;
+  std::array<int, 32> address;
+  int total = 0;
+  const auto add = [&](int width, auto&& offset) {
+    for (int lane = 0; lane < 32; ++lane) address[lane] = offset(lane / 4, lane % 4);
+    total += shared_wavefronts(address, width);
+  };
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < Map::kKeyWords; j += D >= 128 ? 4 : D == 64 || j < 2 ? 2 : 1) {
+      add(D >= 128 ? 16 : D == 64 || j < 2 ? 8 : 4, [&](int g, int t) {
+        return stage.k_codes + map.token(i, g) * stage.code_token_stride + Map::key_byte(t, j);
+      });
+    }
+    for (int b = 0; b < 2; ++b) {
+      for (int m = 0; m < Map::kValueTiles; m += D >= 128 ? 8 : 4) {
+        add(D >= 128 ? 8 : 4, [&](int g, int t) {
+          return (stage.v_codes + map.token(i, 2 * t + b) * stage.code_token_stride +
+                  Map::value_byte(g, m)) & ~3;
+        });
+      }
+      for (const int norms : {stage.k_norms, stage.v_norms}) {
+        add(4, [&](int, int t) {
+          return norms + map.token(i, 2 * t + b) * stage.norm_token_stride;
+        });
+      }
+    }
+  }
+  return total;
+}
+
+// The best of a few maps for the stage's strides.  K wants columns 2q, 2q + 1 on different halves of
+// the banks; V wants columns b, 2 + b, 4 + b, 6 + b on different quarters.
+template <int D>
+inline TokenMap choose_token_map(const StageView& stage) {
+  const auto make = [](auto&& token) {
+    TokenMap map{0};
+    for (int i = 0; i < 2; ++i) {
+      for (int n = 0; n < 8; ++n) {
+        map.nibbles |= static_cast<uint64_t>(token(i, n / 2, n % 2)) << (4 * (8 * i + n));
+      }
+    }
+    return map;
+  };
+  const TokenMap candidates[] = {
+      make([](int i, int t, int b) { return 8 * i + 4 * b + (t ^ b); }),        // stride 64 mod 128
+      make([](int i, int t, int b) { return 8 * i + 4 * b + (t ^ (2 * b)); }),  // 32, 96
+      make([](int i, int t, int b) { return i + (b ? 8 + ((2 * t + 4) & 7) : 2 * t); }),  // 16 odd
+      make([](int i, int t, int b) { return 4 * t + 2 * i + b; }),
+      make([](int i, int t, int b) { return 8 * i + 2 * t + b; }),
+  };
+  TokenMap best = candidates[0];
+  for (const TokenMap& map : candidates) {
+    if (tile_wavefronts<D>(stage, map) < tile_wavefronts<D>(stage, best)) best = map;
+  }
+  return best;
+}
+
+inline TokenMap choose_token_map(int head_dim, const StageView& stage) {
+  switch (head_dim) {
+    case 64: return choose_token_map<64>(stage);
+    case 96: return choose_token_map<96>(stage);
+    case 128: return choose_token_map<128>(stage);
+    default: return choose_token_map<256>(stage);
+  }
+}
+
+namespace detail {
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+inline int64_t align_workspace(int64_t bytes) { return round_up<int64_t>(bytes, 256); }
+
+}  // namespace detail
+
+// Throws std::invalid_argument for what no decode kernel can do.
+inline DecodePlan make_decode_plan(const AttentionParams& p) {
+  using detail::require;
+  const PageView& view = p.cache;
+  require(view.head_dim == 64 || view.head_dim == 96 || view.head_dim == 128 || view.head_dim == 256,
+          "head_dim: expected 64, 96, 128 or 256, got " + std::to_string(view.head_dim));
+  require(view.block_size > 0 && view.block_size % kTileTokens == 0,
+          "block_size: expected a multiple of 16, got " + std::to_string(view.block_size));
+  require(view.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % view.num_kv_heads == 0,
+          "q: " + std::to_string(p.num_q_heads) + " query heads cannot be shared out among " +
+              std::to_string(view.num_kv_heads) + " KV heads");
+  require(p.max_query_len > 0, "max_query_len: decode needs at least 1");
+  require(p.num_sms > 0, "num_sms: expected the number of SMs of the device");
+
+  DecodePlan plan{};
+  plan.group = p.num_q_heads / view.num_kv_heads;
+  plan.max_rows = plan.group * p.max_query_len;
+  plan.octets = decode_octets(view.head_dim, plan.max_rows, p.int8);
+  plan.warps = decode_warps(view.head_dim, plan.octets, p.int8);
+  plan.row_groups = ceil_div(plan.max_rows, 8 * plan.octets);
+  require(plan.row_groups <= plan.warps,
+          "max_query_len: decode takes up to " + std::to_string(8 * plan.octets * plan.warps) +
+              " query rows a KV head (query heads of the group times query tokens), got " +
+              std::to_string(plan.max_rows) + "; use prefill");
+  plan.tiles_per_block = view.block_size / kTileTokens;
+  plan.grid = p.num_sms;
+
+  // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
+  // copied, and the fewer partial results.
+  const int limit = decode_smem_limit(p.arch);
+  plan.merge_offset = kPairTableBytes + kDecodeSharedBytes;
+  for (int heads = std::min(view.num_kv_heads, plan.warps / plan.row_groups); heads > 0; --heads) {
+    if (view.num_kv_heads % heads != 0) continue;
+    plan.heads_per_chunk = heads;
+    plan.num_chunks = view.num_kv_heads / heads;
+    plan.slots = heads * plan.row_groups;
+    plan.teams = plan.warps / plan.slots;
+    plan.copy = make_tile_copy(view, heads);
+    int half = 1;  // first round of the merge: teams half .. teams - 1 send
+    while (2 * half < plan.teams) half *= 2;
+    const int senders = plan.teams > 1 ? (plan.teams - half) * plan.slots : 0;
+    plan.stage_offset = plan.merge_offset +
+                        round_up(senders * (kMergeQuads * 16 + 2 * plan.octets * 4) * kWarpSize, 128);
+    plan.num_stages =
+        std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
+    if (plan.num_stages >= 3) break;
+  }
+  require(plan.num_stages >= 2, "head_dim: a tile does not fit in this device's shared memory");
+  plan.smem_bytes = plan.stage_offset + plan.num_stages * plan.copy.stage_bytes;
+
+  const StageView& stage = plan.copy.stage;
+  const int key_align = view.head_dim >= 128 ? 16 : 8, value_align = view.head_dim >= 128 ? 8 : 4;
+  plan.wide_loads = (stage.k_codes | stage.code_token_stride | stage.code_head_stride) % key_align == 0 &&
+                    stage.v_codes % value_align == 0;
+  plan.token_map = choose_token_map(view.head_dim, stage);
+  // A unit costs a CTA about what 16 KB of keys do, beside its tiles.
+  plan.segment_cost = 1 + 16384 / plan.copy.stage_bytes;
+
+  const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
+  const int64_t partials = static_cast<int64_t>(plan.grid) +
+                           static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
+  const int64_t partial_rows = partials * plan.heads_per_chunk * plan.max_rows;
+  const int query_bytes = p.int8 ? 1 : 2;
+  int64_t at = 0;
+  const auto take = [&at](int64_t bytes) {
+    const int64_t begin = at;
+    at += detail::align_workspace(bytes);
+    return begin;
+  };
+  plan.query_codes = take(rows * view.head_dim * query_bytes);
+  plan.query_residual = take(plan.octets == 1 ? rows * view.head_dim * query_bytes : 0);
+  plan.query_scale = take(rows * 4);
+  plan.seq_prefix = take((static_cast<int64_t>(p.num_seqs) + 1) * 4);
+  plan.partial_stats = take(partial_rows * 8);
+  plan.partial_out = take(partial_rows * view.head_dim * 4);
+  plan.workspace_bytes = at;
+  return plan;
+}
+
+}  // namespace tq4

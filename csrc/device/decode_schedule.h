@@ -1,0 +1,140 @@
+// How decode splits the keys of a batch over a fixed grid.  Host-compilable; lengths are read on the
+// device, so a captured graph may be replayed with other ones.
+//
+// Keys are counted in tiles of 16 tokens.  A work unit is one (sequence, chunk of KV heads); it has
+// as many tiles as its sequence has visible ones, and costs `segment_cost` more: what a CTA spends on
+// a unit besides its tiles.  All units laid end to end form one line of `total` positions,
+//
+//      | c c t t t t t t | c c t t | c c t t t t t t t t t t t |      c = overhead, t = tile
+//      ^ unit 0          ^ unit 1  ^ unit 2
+//   CTA     0      |      1      |      2      |      3      |        equal shares
+//
+// of which CTA k takes [total k / grid, total (k + 1) / grid).  The tiles a CTA has of one unit are a
+// segment and yield one partial result.  Segments in order of (CTA, unit) raise CTA + unit by at least
+// one each, so CTA + unit numbers the partial results: at most grid + units - 1 of them.
+#pragma once
+#include <cstdint>
+
+#include "common.cuh"
+#include "prefill_schedule.cuh"
+
+namespace tq4 {
+
+constexpr int kTileTokens = 16;
+
+struct TileRange {
+  int begin, end;
+};
+
+// Tiles that at least one of the sequence's query tokens can see.
+TQ4_HOST_DEVICE TileRange visible_tiles(int num_keys, int num_queries, int window_left,
+                                        int window_right) {
+  if (num_keys <= 0 || num_queries <= 0) return {0, 0};
+  const KeyRange keys =
+      visible_keys(num_keys - num_queries, num_keys - 1, window_left, window_right, num_keys);
+  if (keys.begin >= keys.end) return {0, 0};
+  return {keys.begin / kTileTokens, ceil_div(keys.end, kTileTokens)};
+}
+
+// The batch as the scheduler sees it.
+struct DecodeBatch {
+  const int32_t* seq_lens;         // [B]
+  const int32_t* query_start_loc;  // [B + 1], or null: one query token a sequence
+  int32_t num_seqs;
+  int32_t window_left, window_right;
+  int32_t num_chunks;    // chunks of KV heads: units of a sequence
+  int32_t segment_cost;  // in tiles
+
+  TQ4_HOST_DEVICE int query_begin(int seq) const {
+    return query_start_loc == nullptr ? seq : query_start_loc[seq];
+  }
+  TQ4_HOST_DEVICE int num_queries(int seq) const {
+    return query_start_loc == nullptr ? 1 : query_start_loc[seq + 1] - query_start_loc[seq];
+  }
+  TQ4_HOST_DEVICE TileRange tiles(int seq) const {
+    return visible_tiles(seq_lens[seq], num_queries(seq), window_left, window_right);
+  }
+  // Positions of one unit of the sequence.
+  TQ4_HOST_DEVICE int unit_cost(TileRange range) const {
+    return range.end > range.begin ? range.end - range.begin + segment_cost : 0;
+  }
+};
+
+TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, int grid) {
+  return total * cta / grid;
+}
+
+// The CTA whose share holds a position: the largest k with floor(total k / grid) <= position.
+TQ4_HOST_DEVICE int share_owner(int64_t total, int64_t position, int grid) {
+  return static_cast<int>(((position + 1) * grid - 1) / total);
+}
+
+// The tiles [tile_begin, tile_end) of one unit that one CTA computes.
+struct DecodeSegment {
+  int seq, chunk;
+  int num_keys, num_queries, query_begin;  // of the sequence
+  int tile_begin, tile_end;
+};
+
+// Walks the segments of one CTA.  `start_seq` is the sequence whose positions hold the first of the
+// share, `start_prefix` the sum of unit_cost over the sequences before it.
+struct SegmentWalker {
+  int64_t position;    // of the current unit's first position
+  int64_t begin, end;  // the CTA's share
+  int seq, chunk;
+
+  TQ4_HOST_DEVICE static SegmentWalker make(const DecodeBatch& batch, int64_t total, int cta,
+                                            int grid, int start_seq, int start_prefix) {
+    SegmentWalker walker;
+    walker.begin = share_begin(total, cta, grid);
+    walker.end = share_begin(total, cta + 1, grid);
+    walker.seq = start_seq;
+    walker.chunk = 0;
+    walker.position = static_cast<int64_t>(start_prefix) * batch.num_chunks;
+    return walker;
+  }
+
+  // False when the share is done.
+  TQ4_HOST_DEVICE bool next(const DecodeBatch& batch, DecodeSegment& segment) {
+    while (position < end && seq < batch.num_seqs) {
+      const TileRange range = batch.tiles(seq);
+      const int cost = batch.unit_cost(range);
+      const int64_t first = position + batch.segment_cost;  // position of the unit's first tile
+      const int tiles = range.end - range.begin;
+      const int64_t lo = begin - first, hi = end - first;
+      segment.seq = seq;
+      segment.chunk = chunk;
+      segment.tile_begin = range.begin + static_cast<int>(lo < 0 ? 0 : lo < tiles ? lo : tiles);
+      segment.tile_end = range.begin + static_cast<int>(hi < 0 ? 0 : hi < tiles ? hi : tiles);
+      position += cost;
+      if (++chunk == batch.num_chunks) {
+        chunk = 0;
+        ++seq;
+      }
+      if (cost > 0 && segment.tile_begin < segment.tile_end) {
+        segment.num_keys = batch.seq_lens[segment.seq];
+        segment.num_queries = batch.num_queries(segment.seq);
+        segment.query_begin = batch.query_begin(segment.seq);
+        return true;
+      }
+    }
+    return false;
+  }
+};
+
+// The CTAs [begin, end) that have a segment of the unit; empty for a unit without tiles.
+struct CtaRange {
+  int begin, end;
+};
+
+TQ4_HOST_DEVICE CtaRange unit_ctas(const DecodeBatch& batch, int64_t total, int grid, int prefix,
+                                   TileRange range, int chunk) {
+  const int cost = batch.unit_cost(range);
+  if (cost == 0) return {0, 0};
+  const int64_t unit = static_cast<int64_t>(prefix) * batch.num_chunks +
+                       static_cast<int64_t>(chunk) * cost;
+  return {share_owner(total, unit + batch.segment_cost, grid),
+          share_owner(total, unit + cost - 1, grid) + 1};
+}
+
+}  // namespace tq4

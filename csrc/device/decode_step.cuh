@@ -1,0 +1,385 @@
+// The arithmetic of decode: one warp, one KV head, one tile of 16 tokens.
+//
+//   S  [rows, 16 tokens] = Q K^T           rows are M: Q is the A operand, K the B operand
+//   P' = fp16(2^(s - m) n_v)
+//   O^T[D, rows] += V^T P'^T               dims are M: V is the A operand, P' the B operand
+//
+// With the second product transposed, the C fragment of S is the B fragment of P'^T as it stands (lane
+// 4 g + t: row g, tokens 2t, 2t + 1 of each n-tile), nothing is shuffled, and 8 rows of O cost D / 16
+// MMAs a tile instead of D / 8.
+//
+// Rows.  With up to 8 rows, the other 8 rows of A hold what quantisation left over,
+//   q_rot / s_q = q8 + r8 / 256,
+// so c0,c1 is q8 . k8 and c2,c3 of the same lane is r8 . k8: the error of quantising q is gone for
+// one FFMA a score.  In fp16 mode they hold q - fp16(q).
+//
+// Scales.  The K norm multiplies the score's column.  The V norm multiplies P, which is 8 times cheaper
+// than multiplying V, but norms have any magnitude and fp16 has not.  So the exponent reference m of
+// a row is not the maximum of s but follows s + log2 n_v, the exponent of P': the largest P' seen lies
+// between 2^6 and 2^14, O and l are both in units of 2^-m, and m cancels in O / l.  Norms below 2^-80
+// count as 2^-80 for that purpose, which bounds l.  m is an integer: rescaling is exact.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "../ptx/arith.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/smem.cuh"
+#include "common.cuh"
+#include "decode_map.h"
+#include "decode_table.cuh"
+#include "unpack4.cuh"
+
+namespace tq4 {
+
+template <int D_, int kOctets_, bool kInt8_, int kWarps_>
+struct DecodeConfig {
+  static constexpr int D = D_;
+  static constexpr int kOctets = kOctets_;  // groups of 8 query rows of a warp
+  static constexpr bool kInt8 = kInt8_;
+  static constexpr int kWarps = kWarps_;    // consumers; one more warp fills the stages
+  static constexpr int kThreads = (kWarps + 1) * kWarpSize;
+  static constexpr bool kResidual = kOctets == 1;
+  static constexpr int kRows = 8 * kOctets;
+  using Map = DecodeMap<D>;
+  static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
+  static_assert(kOctets == 1 || kOctets == 2, "one A operand holds 16 rows");
+};
+
+// Floor of the exponent reference; finite, so that differences are never NaN.
+constexpr float kNoReference = -1e30f;
+// Exponent of the largest P' when the reference is set, and the sum of a lane's P' that sets it anew.
+constexpr float kTargetExponent = 6.f;
+constexpr float kLargestWeight = 16384.f;
+// Norms below this do not lower the reference any further, and l stays below 2^96.
+constexpr float kSmallestNorm = 0x1p-80f;
+constexpr float kDenominatorScale = 0x1p-76f;
+
+// An int32 accumulator that starts at the bits of 1.5 * 2^23 reads as the float 12582912 + score: no
+// conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
+constexpr int32_t kScoreBias = 0x4b400000;
+constexpr float kScoreBiasFloat = 12582912.f;
+
+// What a lane knows of its rows g and g + 8, for one segment.
+template <typename Config>
+struct DecodeRows {
+  uint32_t q[Config::kKeySteps][4];  // A fragments
+  float scale[Config::kOctets];      // log2 units of one unit of norm * (q . k)
+};
+
+// The running result.  o[m][i] is the C fragment of m-tile m, octet i: dims value_dim(g, m) and + 1
+// (c0,c1 and c2,c3) of rows 8 i + 2 t and + 1.  Row state belongs to row 8 i + g, shared by the quad.
+template <typename Config>
+struct DecodeState {
+  float o[Config::Map::kValueTiles][Config::kOctets][4];
+  float m[Config::kOctets];
+  float l[Config::kOctets];  // this lane's part
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Config::kOctets; ++i) {
+      m[i] = kNoReference;
+      l[i] = 0.f;
+#pragma unroll
+      for (int tile = 0; tile < Config::Map::kValueTiles; ++tile) {
+        o[tile][i][0] = o[tile][i][1] = o[tile][i][2] = o[tile][i][3] = 0.f;
+      }
+    }
+  }
+
+  // O *= factor of its row; the factors arrive by row, one a quad.
+  __device__ __forceinline__ void scale_output(const float (&factor)[Config::kOctets]) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < Config::kOctets; ++i) {
+      const float even = __shfl_sync(kFullWarp, factor[i], 8 * t);
+      const float odd = __shfl_sync(kFullWarp, factor[i], 8 * t + 4);
+#pragma unroll
+      for (int tile = 0; tile < Config::Map::kValueTiles; ++tile) {
+        o[tile][i][0] *= even;
+        o[tile][i][1] *= odd;
+        o[tile][i][2] *= even;
+        o[tile][i][3] *= odd;
+      }
+    }
+  }
+};
+
+// Byte offsets of a lane's data inside a stage.
+struct LaneOffsets {
+  uint32_t key[2];    // token of column g of n-tile i
+  uint32_t value[4];  // tokens 2 i + b: column 2 t + b of n-tile i
+  uint32_t norm[4];   // K norms of the same tokens
+  uint32_t value_norm_delta;
+  uint32_t tokens;    // their index in the tile, a byte each
+  bool wide;
+};
+
+template <typename Config>
+__device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage, const TokenMap& map,
+                                                         int head, bool wide) {
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  LaneOffsets at;
+  at.tokens = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    at.key[i] = stage.k_codes + head * stage.code_head_stride +
+                map.token(i, g) * stage.code_token_stride + Config::Map::key_byte(t, 0);
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int token = map.token(i, 2 * t + b);
+      at.tokens |= static_cast<uint32_t>(token) << (8 * (2 * i + b));
+      at.value[2 * i + b] = stage.v_codes + head * stage.code_head_stride +
+                            token * stage.code_token_stride + Config::Map::value_byte(g, 0);
+      at.norm[2 * i + b] = stage.k_norms + head * stage.norm_head_stride +
+                           token * stage.norm_token_stride;
+    }
+  }
+  at.value_norm_delta = stage.v_norms - stage.k_norms;
+  at.wide = wide;
+  return at;
+}
+
+// The lane's words of one token's K codes.  `address` is that of word 0.
+template <int D>
+__device__ __forceinline__ void load_key_words(uint32_t address, bool wide,
+                                               uint32_t (&w)[DecodeMap<D>::kKeyWords]) {
+  const int t = threadIdx.x % 4;
+  if (!wide) {
+#pragma unroll
+    for (int j = 0; j < DecodeMap<D>::kKeyWords; ++j) {
+      // Relative to word 0; for D = 96 that depends on t.
+      w[j] = ptx::ld_shared_u32(address + DecodeMap<D>::key_byte(t, j) - DecodeMap<D>::key_byte(t, 0));
+    }
+    return;
+  }
+  if constexpr (D >= 128) {
+#pragma unroll
+    for (int j = 0; j < DecodeMap<D>::kKeyWords; j += 4) {
+      const uint4 v = ptx::ld_shared_v4(address + 16 * j);
+      w[j] = v.x, w[j + 1] = v.y, w[j + 2] = v.z, w[j + 3] = v.w;
+    }
+  } else {
+    const uint2 v = ptx::ld_shared_v2(address);
+    w[0] = v.x, w[1] = v.y;
+    if constexpr (D == 96) w[2] = ptx::ld_shared_u32(address + 32 - 4 * t);
+  }
+}
+
+// The lane's bytes of one token's V codes, in words of 4.
+template <int D>
+__device__ __forceinline__ void load_value_words(uint32_t address, bool wide,
+                                                 uint32_t (&w)[DecodeMap<D>::kValueWords]) {
+  if constexpr (D >= 128) {
+#pragma unroll
+    for (int j = 0; j < DecodeMap<D>::kValueWords; j += 2) {
+      const uint32_t at = address + 32 * j;  // bytes 8 j / 2 of a lane lie 64 bytes further
+      if (wide) {
+        const uint2 v = ptx::ld_shared_v2(at);
+        w[j] = v.x, w[j + 1] = v.y;
+      } else {
+        w[j] = ptx::ld_shared_u32(at);
+        w[j + 1] = ptx::ld_shared_u32(at + 4);
+      }
+    }
+  } else {
+    w[0] = ptx::ld_shared_u32(address);
+    if constexpr (D == 96) {
+      const int g = threadIdx.x % kWarpSize / 4;
+      w[1] = ptx::ld_shared_u16(address + 32 - 2 * g);
+    }
+  }
+}
+
+// [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of n-tile j.
+template <typename Config>
+__device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t table, const LaneOffsets& at,
+                                               const ByteTable& key_codes, const DecodeRows<Config>& rows,
+                                               float (&s)[Config::kOctets][4]) {
+  constexpr int kWords = Config::Map::kKeyWords;
+  uint32_t words[2][kWords];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) load_key_words<Config::D>(stage + at.key[j], at.wide, words[j]);
+
+  if constexpr (Config::kInt8) {
+    const int32_t start[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
+    int32_t acc[2][4];
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        uint32_t b0, b1;
+        unpack_int8(words[j][k], key_codes, b0, b1);
+        if (k == 0) {
+          ptx::mma_m16n8k32_s8s8s32(acc[j], rows.q[k], b0, b1, start);
+        } else {
+          ptx::mma_m16n8k32_s8s8s32(acc[j], rows.q[k], b0, b1, acc[j]);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const float first = __int_as_float(acc[j][b]), second = __int_as_float(acc[j][2 + b]);
+        if constexpr (Config::kResidual) {
+          // (bias + x) - bias (1 + 1/256) + (bias + r) / 256, exact up to the last rounding.
+          s[0][2 * j + b] = fmaf(second, 1.f / 256.f, first - kScoreBiasFloat * (257.f / 256.f));
+        } else {
+          s[0][2 * j + b] = first - kScoreBiasFloat;
+          s[1][2 * j + b] = second - kScoreBiasFloat;
+        }
+      }
+    }
+  } else {
+    const uint32_t lane_offset = 4 * (threadIdx.x % kWarpSize);
+    const uint32_t key_table = table + kKeyPairOffset;
+    float acc[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t w = words[j][k];
+        const uint32_t b0 = lookup_pair<0>(key_table, w, lane_offset);
+        const uint32_t b1 = lookup_pair<1>(key_table, w, lane_offset);
+        const uint32_t b2 = lookup_pair<2>(key_table, w, lane_offset);
+        const uint32_t b3 = lookup_pair<3>(key_table, w, lane_offset);
+        ptx::mma_m16n8k16_f16f16f32(acc[j], rows.q[2 * k], b0, b1);
+        ptx::mma_m16n8k16_f16f16f32(acc[j], rows.q[2 * k + 1], b2, b3);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        static_assert(Config::kInt8 || Config::kResidual, "fp16 mode has one kernel");
+        s[0][2 * j + b] = acc[j][b] + acc[j][2 + b];
+      }
+    }
+  }
+}
+
+// P and P' of one row against reference m.  Returns the sum of P; `weight` holds P'.
+__device__ __forceinline__ float exponentiate(const float (&s)[4], float scale, float m,
+                                              const float (&value_norm)[4], uint32_t hidden,
+                                              float (&weight)[4]) {
+  float p[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    p[c] = ptx::exp2_approx(fmaf(s[c], scale, -m));
+    weight[c] = p[c] * value_norm[c];
+  }
+  if (hidden != 0) {  // what lies past the end is garbage, NaN as likely as not: select
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (hidden >> c & 1) p[c] = weight[c] = 0.f;
+    }
+  }
+  return (p[0] + p[1]) + (p[2] + p[3]);
+}
+
+// Moves the reference of rows whose weights have outgrown fp16, and rescales l and O.  Rare: on the
+// first tile and where exponents grow by 8 and more.
+template <typename Config>
+__device__ __forceinline__ void raise_reference(const float (&s)[Config::kOctets][4],
+                                                       const float (&scale)[Config::kOctets],
+                                                       const float (&value_norm)[4], uint32_t hidden,
+                                                       DecodeState<Config>& state) {
+  float factor[Config::kOctets];
+#pragma unroll
+  for (int i = 0; i < Config::kOctets; ++i) {
+    float top = kNoReference;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float exponent = fmaf(s[i][c], scale[i], __log2f(fmaxf(value_norm[c], kSmallestNorm)));
+      if (!(hidden >> (4 * i + c) & 1)) top = fmaxf(top, exponent);
+    }
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+    const float m = fmaxf(state.m[i], ceilf(top) - kTargetExponent);
+    factor[i] = ptx::exp2_approx(state.m[i] - m);
+    state.m[i] = m;
+    state.l[i] *= factor[i];
+  }
+  state.scale_output(factor);
+}
+
+// [2/4] and [3/4] Softmax: s -> P' packed as B fragments, l and, where needed, m and O.
+template <typename Config>
+__device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
+                                               const float (&key_norm)[4], const float (&value_norm)[4],
+                                               const DecodeRows<Config>& rows, float cap_log2e,
+                                               uint32_t hidden, DecodeState<Config>& state,
+                                               uint32_t (&weights)[Config::kOctets][2]) {
+  float scale[Config::kOctets];
+#pragma unroll
+  for (int i = 0; i < Config::kOctets; ++i) {
+    scale[i] = rows.scale[i];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) s[i][c] *= key_norm[c];
+  }
+  if (cap_log2e != 0.f) {
+#pragma unroll
+    for (int i = 0; i < Config::kOctets; ++i) {
+      scale[i] = cap_log2e;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[i][c] = ptx::tanh_accurate(s[i][c] * rows.scale[i]);
+    }
+  }
+
+  float weight[Config::kOctets][4], sum[Config::kOctets];
+  bool fits = true;
+#pragma unroll
+  for (int i = 0; i < Config::kOctets; ++i) {
+    sum[i] = exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
+    const float total = (weight[i][0] + weight[i][1]) + (weight[i][2] + weight[i][3]);
+    // Sums, not maxima: additions run on a pipe with room to spare.  Written so that NaN fails: the
+    // very first tile may meet inf * 0.
+    fits = fits && fmaf(sum[i], kDenominatorScale, total) <= kLargestWeight;
+  }
+  if (!__all_sync(kFullWarp, fits)) {
+    raise_reference<Config>(s, scale, value_norm, hidden, state);
+#pragma unroll
+    for (int i = 0; i < Config::kOctets; ++i) {
+      sum[i] = exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Config::kOctets; ++i) {
+    state.l[i] += sum[i];
+    weights[i][0] = ptx::pack_f16x2(weight[i][0], weight[i][1]);
+    weights[i][1] = ptx::pack_f16x2(weight[i][2], weight[i][3]);
+  }
+}
+
+// [4/4] O^T += V^T P'^T.  a0,a1: even and odd dimension of tokens 2 t, 2 t + 1; a2,a3: of 8 + 2 t, ...
+template <typename Config>
+__device__ __forceinline__ void accumulate_values(
+    uint32_t table, const uint32_t (&words)[4][Config::Map::kValueWords],
+    const uint32_t (&weights)[Config::kOctets][2], DecodeState<Config>& state) {
+  const uint32_t lane_offset = 4 * (threadIdx.x % kWarpSize);
+  const auto multiply = [&](auto byte, int tile, const TokenPairs& first, const TokenPairs& second) {
+    constexpr int kByte = decltype(byte)::value;
+    const uint32_t a[4] = {lookup_pair<kByte>(table, first.even, lane_offset),
+                           lookup_pair<kByte>(table, first.odd, lane_offset),
+                           lookup_pair<kByte>(table, second.even, lane_offset),
+                           lookup_pair<kByte>(table, second.odd, lane_offset)};
+#pragma unroll
+    for (int i = 0; i < Config::kOctets; ++i) {
+      ptx::mma_m16n8k16_f16f16f32(state.o[tile][i], a, weights[i][0], weights[i][1]);
+    }
+  };
+#pragma unroll
+  for (int w = 0; w < Config::Map::kValueWords; ++w) {
+    const TokenPairs first = pair_tokens(words[0][w], words[1][w]);
+    const TokenPairs second = pair_tokens(words[2][w], words[3][w]);
+    multiply(std::integral_constant<int, 0>{}, 4 * w, first, second);
+    multiply(std::integral_constant<int, 1>{}, 4 * w + 1, first, second);
+    if (4 * w + 2 < Config::Map::kValueTiles) {  // D = 96 ends on half a word
+      multiply(std::integral_constant<int, 2>{}, 4 * w + 2, first, second);
+      multiply(std::integral_constant<int, 3>{}, 4 * w + 3, first, second);
+    }
+  }
+}
+
+}  // namespace tq4

@@ -1,0 +1,69 @@
+// The pair table of the decode kernels: one code byte (or two codes of neighbouring tokens in one
+// byte) to two fp16 values by one shared-memory load.
+//
+//   entry of byte b     half2 { c[b >> 4], c[b & 15] }     4 bytes
+//   address             256 b + 4 lane (+ 128 for K)        every lane has a copy in its own bank
+//
+// An address is one byte permute of {4 lane, b}, and no two lanes ever meet on a bank: a load is one
+// wavefront whatever the codes are.  The fp16 values are exact for any codebook; by byte permutes
+// alone the same would take 2.9 instructions a value on the pipe that is busiest anyway, against 0.75
+// here plus half a load.  The second 128 bytes of a row hold the K codebook in fp16 mode and nothing
+// otherwise: packing the rows closer would cost a second instruction an address.
+//
+// Centroids are stored in units of a power of two that brings the largest into [0.5, 1), so that a
+// codebook of any magnitude keeps fp16's precision.
+#pragma once
+#include <cstdint>
+
+#include "../ptx/arith.cuh"
+#include "../ptx/smem.cuh"
+#include "common.cuh"
+
+namespace tq4 {
+
+constexpr uint32_t kPairRowBytes = 256;
+constexpr uint32_t kKeyPairOffset = 128;
+
+// Writes rows `first_row`, `first_row` + `row_step`, ... ; one warp.  Returns the unit:
+// centroid = entry * unit.
+__device__ __forceinline__ float write_pair_table(uint32_t table, const float* centroids,
+                                                  int first_row, int row_step) {
+  const int lane = threadIdx.x % kWarpSize;
+  const float centroid = centroids[lane % 16];
+  float largest = fabsf(centroid);
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
+  }
+  int exponent = 0;
+  frexpf(largest, &exponent);
+  exponent = largest > 0.f && largest < INFINITY ? max(-100, min(100, exponent)) : 0;
+  const uint32_t half = ptx::pack_f16x2(ldexpf(centroid, -exponent), 0.f);
+#pragma unroll 4
+  for (int row = first_row; row < 256; row += row_step) {
+    const uint32_t low = __shfl_sync(kFullWarp, half, row >> 4);
+    const uint32_t high = __shfl_sync(kFullWarp, half, row & 15);
+    ptx::st_shared_u32(table + row * kPairRowBytes + 4 * lane, low | high << 16);
+  }
+  return ldexpf(1.f, exponent);
+}
+
+// half2 of byte kByte of `codes`.  lane_offset: 4 * lane, upper bytes zero.
+template <int kByte>
+__device__ __forceinline__ uint32_t lookup_pair(uint32_t table, uint32_t codes, uint32_t lane_offset) {
+  // Bytes, lowest first: 4 lane, the code byte, 0, 0.
+  return ptx::ld_shared_u32(table + ptx::prmt(codes, lane_offset, 0x6504 | kByte << 4));
+}
+
+// Codes of two tokens, 8 dims each, to pair indices: byte i of `even` is {dim 2i of a, dim 2i of b},
+// of `odd` the same of dim 2i + 1.
+struct TokenPairs {
+  uint32_t even, odd;
+};
+
+TQ4_HOST_DEVICE TokenPairs pair_tokens(uint32_t a, uint32_t b) {
+  return {(a & 0xf0f0f0f0u) | ((b >> 4) & 0x0f0f0f0fu),
+          ((a << 4) & 0xf0f0f0f0u) | (b & 0x0f0f0f0fu)};
+}
+
+}  // namespace tq4

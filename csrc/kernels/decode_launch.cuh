@@ -1,0 +1,52 @@
+// Host side shared by the decode kernels: dependent launches, dispatch on the head dimension.
+#pragma once
+#include <stdexcept>
+#include <type_traits>
+
+#include "../device/decode_kernel.cuh"
+#include "../device/decode_pipeline.cuh"
+#include "../device/launch.h"
+
+namespace tq4 {
+
+// Launches a kernel that may start before its predecessor on the stream has ended (it says itself
+// where it waits).  Before sm_90 an ordinary launch.
+template <typename... KernelArgs, typename... Args>
+void launch_dependent_kernel(int arch, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
+                             size_t smem_bytes, Stream stream, const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch_kernel_with(&attribute, arch >= 90 ? 1 : 0, kernel, grid, block, smem_bytes, stream, args...);
+}
+
+// make_decode_plan has refused every other head dimension.
+template <typename Function>
+void dispatch_head_dim(int head_dim, Function&& function) {
+  switch (head_dim) {
+    case 64: return function(std::integral_constant<int, 64>{});
+    case 96: return function(std::integral_constant<int, 96>{});
+    case 128: return function(std::integral_constant<int, 128>{});
+    case 256: return function(std::integral_constant<int, 256>{});
+    default: throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256");
+  }
+}
+
+template <int D, int kOctets, bool kInt8, typename Pipeline>
+void launch_decode_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+  using Config = DecodeConfig<D, kOctets, kInt8, decode_warps(D, kOctets, kInt8)>;
+  launch_dependent_kernel(p.arch, decode_kernel<Config, Pipeline>, dim3(plan.grid),
+                          dim3(Config::kThreads), plan.smem_bytes, stream, p, plan);
+}
+
+template <typename Pipeline>
+void launch_decode_int8_with(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+  dispatch_head_dim(p.cache.head_dim, [&](auto d) {
+    if constexpr (d != 256) {
+      if (plan.octets == 2) return launch_decode_config<d, 2, true, Pipeline>(p, plan, stream);
+    }
+    launch_decode_config<d, 1, true, Pipeline>(p, plan, stream);
+  });
+}
+
+}  // namespace tq4

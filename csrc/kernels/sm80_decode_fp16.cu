@@ -1,0 +1,13 @@
+// Decode without quantisation of q and K, for comparison; cp.async pipeline: sm_80 and up.
+#include "decode_launch.cuh"
+#include "decode_steps.h"
+
+namespace tq4::sm80 {
+
+void launch_decode_fp16(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+  dispatch_head_dim(p.cache.head_dim, [&](auto d) {
+    launch_decode_config<d, 1, false, CpAsyncPipeline>(p, plan, stream);
+  });
+}
+
+}  // namespace tq4::sm80
