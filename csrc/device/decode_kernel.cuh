@@ -128,7 +128,10 @@ __device__ __forceinline__ void find_share(const DecodeBatch& batch, int32_t* pr
   }
   if (thread == 0) {
     shared.total = total;
-    if (total == 0) shared.start_seq = batch.num_seqs;  // nothing to do
+    const int64_t positions = static_cast<int64_t>(total) * batch.num_chunks;
+    if (share_begin(positions, blockIdx.x, gridDim.x) >= positions) {
+      shared.start_seq = batch.num_seqs;  // nothing to do
+    }
     if (blockIdx.x == 0) prefix_out[batch.num_seqs] = total;
   }
   __syncthreads();  // start and total are there

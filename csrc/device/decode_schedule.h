@@ -60,12 +60,16 @@ struct DecodeBatch {
   }
 };
 
+// With fewer positions than CTAs the first `total` CTAs take one each: a CTA without a position between
+// two that share a unit would be a hole in the unit's partial results.
 TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, int grid) {
+  if (total < grid) return cta < total ? cta : total;
   return total * cta / grid;
 }
 
-// The CTA whose share holds a position: the largest k with floor(total k / grid) <= position.
+// The CTA whose share holds a position: the largest k with share_begin(k) <= position.
 TQ4_HOST_DEVICE int share_owner(int64_t total, int64_t position, int grid) {
+  if (total < grid) return static_cast<int>(position);
   return static_cast<int>(((position + 1) * grid - 1) / total);
 }
 
