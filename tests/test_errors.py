@@ -14,7 +14,7 @@ import torch
 
 import tq4
 from support import make_case
-from tq4 import checks
+from tq4 import checks, dispatch
 from tq4.layout import HEAD_MAJOR
 
 POISON = 7
@@ -237,7 +237,7 @@ CASES: list[tuple[str, str, Callable, type[Exception], str]] = [
     ("prefill decode", "out", wide, ValueError, "contiguous last dimension"),
     ("prefill decode", "out", lambda x: x[:, :1].expand(x.shape), ValueError, "rows that do not overlap"),
     ("prefill decode", "lse", wide, ValueError, "expected a contiguous tensor"),
-    ("decompress", "out", wide, ValueError, "expected a contiguous tensor"),
+    ("decompress", "out", wide, ValueError, "contiguous last dimension"),
     ("compress", "packed", wide, ValueError, "expected a contiguous tensor"),
     # numbers
     ("prefill decode", "sm_scale", value(0.0), ValueError, "finite number > 0, got 0.0"),
@@ -251,7 +251,26 @@ CASES: list[tuple[str, str, Callable, type[Exception], str]] = [
     ("prefill", "max_query_len", value(2), ValueError, "at least 3, the longest query"),
     ("decode", "max_query_len", value(0), ValueError, "at least 1 for decode, got 0"),
     ("decode", "query_start_loc", ints(0, 2, 2), ValueError, ""),
-    # contents, where they are known on the host
+    # devices: a meta tensor stands for another device (with a GPU, test_device_mix_on_a_gpu uses the real
+    # one)
+    ("store", "value", meta, ValueError, "expected device cpu .that of key., got meta"),
+    ("store", "slot_mapping", meta, ValueError, "expected device cpu"),
+    ("store", "k_rotation", meta, ValueError, "expected device cpu"),
+    ("store", "v_boundaries", meta, ValueError, "expected device cpu"),
+    ("gather", "block_table", meta, ValueError, "expected device cpu .that of cache., got meta"),
+    ("gather", "value", meta, ValueError, "expected device cpu"),
+    ("compress", "norms", meta, ValueError, "expected device cpu .that of x., got meta"),
+    ("decompress", "centroids", meta, ValueError, "expected device cpu .that of packed., got meta"),
+    ("prefill decode", "seq_lens", meta, ValueError, "expected device cpu .that of q., got meta"),
+    ("prefill decode", "query_start_loc", meta, ValueError, "expected device cpu"),
+    ("prefill decode", "out", meta, ValueError, "expected device cpu"),
+    ("prefill decode", "lse", meta, ValueError, "expected device cpu"),
+    ("prefill decode", "sinks", meta, ValueError, "expected device cpu"),
+    ("prefill decode", "q_rotation", meta, ValueError, "expected device cpu"),
+]
+
+# Contents, where they are known on the host: CPU tensors, or TQ4_DEBUG=1.
+CONTENTS: list[tuple[str, str, Callable, type[Exception], str]] = [
     (
         "prefill decode",
         "query_start_loc",
@@ -271,25 +290,17 @@ CASES: list[tuple[str, str, Callable, type[Exception], str]] = [
     ("store", "slot_mapping", at((3,), 10**6), ValueError, "got 1000000 at index 3"),
     ("store", "slot_mapping", at((24,), -2), ValueError, "got -2 at index 24"),
     ("store", "slot_mapping", lambda x: x - x + 5, ValueError, "expected distinct slots, got slot 5 twice"),
-    # devices: a meta tensor stands for another device (with a GPU, test_device_mix_on_a_gpu uses the real
-    # one)
-    ("store", "value", meta, ValueError, "expected device cpu .that of key., got meta"),
-    ("store", "slot_mapping", meta, ValueError, "expected device cpu"),
-    ("store", "k_rotation", meta, ValueError, "expected device cpu"),
-    ("store", "v_boundaries", meta, ValueError, "expected device cpu"),
-    ("gather", "block_table", meta, ValueError, "expected device cpu .that of cache., got meta"),
-    ("gather", "value", meta, ValueError, "expected device cpu"),
-    ("compress", "norms", meta, ValueError, "expected device cpu .that of x., got meta"),
-    ("decompress", "centroids", meta, ValueError, "expected device cpu .that of packed., got meta"),
-    ("prefill decode", "seq_lens", meta, ValueError, "expected device cpu .that of q., got meta"),
-    ("prefill decode", "query_start_loc", meta, ValueError, "expected device cpu"),
-    ("prefill decode", "out", meta, ValueError, "expected device cpu"),
-    ("prefill decode", "lse", meta, ValueError, "expected device cpu"),
-    ("prefill decode", "sinks", meta, ValueError, "expected device cpu"),
-    ("prefill decode", "q_rotation", meta, ValueError, "expected device cpu"),
 ]
 
-FLAT = [(op, *case[1:]) for case in CASES for op in case[0].split()]
+
+def flat(cases: list[tuple[str, str, Callable, type[Exception], str]]) -> dict:
+    """Arguments of parametrize, one case for each op."""
+    rows = [(op, *case[1:]) for case in cases for op in case[0].split()]
+    return {
+        "argnames": ("name", "argument", "change", "error", "message"),
+        "argvalues": rows,
+        "ids": [f"{i}-{row[0]}-{row[1]}" for i, row in enumerate(rows)],
+    }
 
 
 def run_checked(name: str, arguments: dict) -> None:
@@ -304,11 +315,7 @@ def run_checked(name: str, arguments: dict) -> None:
         getattr(checks, f"check_{name}")(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "argument", "change", "error", "message"),
-    FLAT,
-    ids=[f"{i}-{case[0]}-{case[1]}" for i, case in enumerate(FLAT)],
-)
+@pytest.mark.parametrize(**flat(CASES + CONTENTS))
 def test_bad_argument(name, argument, change, error, message):
     arguments = good(name)
     before = {written: arguments[written].clone() for written in WRITTEN[name]}
@@ -419,27 +426,12 @@ def test_debug_is_off_by_default(monkeypatch):
         monkeypatch.delenv("TQ4_DEBUG", raising=False)
         if text is not None:
             monkeypatch.setenv("TQ4_DEBUG", text)
-        assert checks._contents(torch.device("cuda:0")) is expected if not torch.cuda.is_available() else True
+        assert dispatch.debug() is expected
         assert checks._contents(torch.device("cpu"))
 
 
-CONTENTS = [
-    case for case in FLAT if case[1] in ("block_table", "slot_mapping", "seq_lens", "query_start_loc")
-]
-CONTENTS = [
-    case for case in CONTENTS if "got" in case[4] and "dtype" not in case[4] and "empty" not in case[4]
-]
-CONTENTS = [
-    case for case in CONTENTS if "shape" not in case[4] and "device" not in case[4] and "[3]" not in case[4]
-]
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("name", "argument", "change", "error", "message"),
-    CONTENTS,
-    ids=[f"{i}-{case[0]}-{case[1]}" for i, case in enumerate(CONTENTS)],
-)
+@pytest.mark.parametrize(**flat(CONTENTS))
 def test_debug_checks_contents_on_the_device(name, argument, change, error, message, monkeypatch):
     monkeypatch.setenv("TQ4_DEBUG", "1")
     arguments = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in good(name).items()}
