@@ -3,9 +3,9 @@
     python benchmarks/bench.py prefill|chunk|varlen|decode|step|store|all [options]
 
 Every call is checked against the right answer on a few rows before it is timed.  A peer that is missing or
-wrong is reported and left out; when one of TQ4's own calls is wrong nothing of that operation is recorded and
-the exit status is 1.  Records go to benchmarks/results/<gpu>-<op>.json (see record.py), or nowhere with
-``--no-record``.
+wrong is reported and left out; when one of TQ4's own calls is wrong nothing of that operation is recorded.  The
+exit status is 1 when one of them was wrong or raised.  Records go to benchmarks/results/<gpu>-<op>.json (see
+record.py), or nowhere with ``--no-record``.
 
     chunk    2048 new tokens at the end of a context      varlen   16 sequences of unequal length, one call
     step     store the new tokens, then decode, in one CUDA graph
@@ -17,7 +17,8 @@ import argparse
 import functools
 import gc
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class Session:
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.wrong: set[str] = set()  # operations that gave a wrong result
         self.missing: dict[str, str] = {}  # impl -> why it was left out
+        self.failed = False  # a call of TQ4 raised
 
     def backends(self) -> Iterator[str]:
         """The requested backends that run here; the others are reported once."""
@@ -90,42 +92,48 @@ class Session:
         print(f"{row['op']:8s} {label:44s} {row['impl']:22s} {row['ms']:10.4f} ms {rate}", flush=True)
 
     def attempt(self, work: Workload, q: torch.Tensor, impl: str, make: Maker, ours: bool) -> None:
-        """Check and time one contender.  A peer may fail; TQ4 may not."""
+        """Check and time one contender; what cannot be measured is reported, with a reason."""
+        where = f"{work.op:8s} {work.label:44s} {impl:22s}"
         try:
             contender = make(work, q)
             error = check(contender, work, q)
+            ms, how = self.measure(work, contender.call, impl)
         except UnavailableError as why:
             self.missing.setdefault(impl, str(why))
-            print(f"{work.op:8s} {work.label:44s} {impl:22s} not run: {why}", flush=True)
+            print(f"{where} not run: {why}", flush=True)
             return
         except WrongResultError as wrong:
             if ours:
                 self.wrong.add(work.op)
-            print(f"{work.op:8s} {work.label:44s} {impl:22s} WRONG: {wrong}", flush=True)
+            print(f"{where} WRONG: {wrong}", flush=True)
             return
         except Exception as failure:
-            if ours:
-                raise
-            reason = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120] if str(failure) else ''}"
+            reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
             self.missing.setdefault(impl, reason)
-            print(f"{work.op:8s} {work.label:44s} {impl:22s} failed: {reason}", flush=True)
+            if ours:
+                self.failed = True
+                traceback.print_exc()
+            print(f"{where} failed: {reason}", flush=True)
             return
-        call, in_graph = contender.call, False
-        if work.graph and self.device == "cuda":
-            try:
-                call, in_graph = captured(contender.call), True
-            except Exception as failure:
-                if ours:
-                    raise
-                print(f"{work.op:8s} {work.label:44s} {impl:22s} no CUDA graph: {failure}", flush=True)
-        ms = median_ms(call, self.budget, self.device)
         if work.op in ("decode", "step"):
             rate = {"gbps": round(contender.read_bytes / ms / 1e6, 1)}
         else:
             rate = {"tflops": round(work.flops / ms / 1e9, 2)}
-        row = work.row(impl, ms, **rate, error=float(f"{error:.3g}"))
-        row.update({"cuda_graph": in_graph} if work.graph else {})
-        self.add(row, work.label)
+        self.add(work.row(impl, ms, **rate, **how, error=float(f"{error:.3g}")), work.label)
+
+    def measure(self, work: Workload, call: Callable[[], object], impl: str) -> tuple[float, dict[str, Any]]:
+        """Median ms of a call, as a CUDA graph where the workload says so, and what the row says of that."""
+        if not work.graph or self.device != "cuda":
+            return median_ms(call, self.budget, self.device), {}
+        eager_ms = median_ms(call, self.budget)
+        try:
+            replay = captured(call)
+        except Exception as failure:
+            if impl.startswith("tq4-"):
+                raise  # ours are capturable, or broken
+            print(f"{work.op:8s} {work.label:44s} {impl:22s} no CUDA graph: {failure}", flush=True)
+            return eager_ms, {"cuda_graph": False}
+        return median_ms(replay, self.budget), {"cuda_graph": True, "eager_ms": round(eager_ms, 5)}
 
 
 def ours(inputs: Tq4Inputs, backend: str) -> Maker:
@@ -157,12 +165,11 @@ def run_attention(session: Session, works: list[Workload]) -> None:
 
 
 def run_store(session: Session, hq: int, hkv: int, d: int) -> None:
-    """Bytes read and written a second; up to 2048 tokens as a CUDA graph, with the eager time beside it."""
+    """Bytes of K, V, codes and norms read and written a second."""
     args = session.args
     for tokens in args.lengths or STORE_TOKENS:
         inputs = StoreInputs(tokens, hkv, d, args.dtype, args.page, args.layout, session.device)
-        graph = tokens <= 2048 and session.device == "cuda"
-        work = Workload("store", hq, hkv, d, args.dtype, args.page, (tokens,), (tokens,), graph)
+        work = Workload("store", hq, hkv, d, args.dtype, args.page, (tokens,), (tokens,))
         for backend in session.backends():
             impl = f"tq4-{backend}"
             try:
@@ -171,11 +178,8 @@ def run_store(session: Session, hq: int, hkv: int, d: int) -> None:
                 session.wrong.add("store")
                 print(f"store    {tokens} tokens {impl:22s} WRONG: {wrong}", flush=True)
                 continue
-            call = functools.partial(inputs.call, backend)
-            ms = median_ms(captured(call) if graph else call, session.budget, session.device)
-            row = work.row(impl, ms, gbps=round(inputs.bytes_moved / ms / 1e6, 2))
-            if graph:
-                row["eager_ms"] = round(median_ms(call, session.budget, session.device), 5)
+            ms, how = session.measure(work, functools.partial(inputs.call, backend), impl)
+            row = work.row(impl, ms, gbps=round(inputs.bytes_moved / ms / 1e6, 2), **how)
             session.add(row, f"{hkv} heads D{d} {args.dtype} {tokens} tokens")
         release()
 
@@ -298,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
             path = record.write(op, session.rows[op], env, args.results or record.RESULTS)
             print(f"{op}: recorded in {path}", flush=True)
     print_table(session)
-    return 1 if session.wrong else 0
+    return 1 if session.wrong or session.failed else 0
 
 
 if __name__ == "__main__":
