@@ -3,9 +3,9 @@
     python benchmarks/bench.py prefill|chunk|varlen|decode|step|store|all [options]
 
 Every call is checked against the right answer on a few rows before it is timed.  A peer that is missing or
-wrong is reported and left out; when one of TQ4's own calls is wrong nothing of that operation is recorded.  The
-exit status is 1 when one of them was wrong or raised.  Records go to benchmarks/results/<gpu>-<op>.json (see
-record.py), or nowhere with ``--no-record``.
+wrong is reported and left out; when one of TQ4's own calls is wrong nothing of that operation is recorded.
+The exit status is 1 when one of them was wrong or raised.  Records go to benchmarks/results/<gpu>-<op>.json
+(see record.py), or nowhere with ``--no-record``.
 
     chunk    2048 new tokens at the end of a context      varlen   16 sequences of unequal length, one call
     step     store the new tokens, then decode, in one CUDA graph
