@@ -172,18 +172,29 @@ def test_missing_or_old_toolkit_is_a_reason_not_a_crash(tmp_path, monkeypatch):
 # ---- the source distribution ------------------------------------------------------------------
 
 
-def test_source_distribution_has_everything_a_build_needs(tmp_path):
+def _copy_of_tree(tmp_path: Path) -> Path:
+    """setuptools writes its egg-info beside the sources, so builds run in a copy."""
     tree = tmp_path / "tree"
-    # A copy, because setuptools writes its egg-info beside the sources.
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*SKIPPED, "*.egg-info", "*.so", "results"))
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(*SKIPPED, "*.egg-info", "*.so", "_build_info.json")
+    )
+    return tree
+
+
+def _setup_py(tree: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)],
+        [sys.executable, "setup.py", "-q", *arguments],
         cwd=tree,
         env={**os.environ, "TQ4_BUILD_CUDA": "0"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_source_distribution_has_everything_a_build_needs(tmp_path):
+    tree = _copy_of_tree(tmp_path)
+    _setup_py(tree, "sdist", "--dist-dir", str(tmp_path))
     (archive,) = tmp_path.glob("tq4-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
@@ -197,6 +208,35 @@ def test_source_distribution_has_everything_a_build_needs(tmp_path):
     ]
     assert not sorted(set(needed) - names)
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))]
+
+
+def test_installed_package_has_every_module(tmp_path):
+    tree = _copy_of_tree(tmp_path)
+    _setup_py(tree, "build_py", "--build-lib", str(tmp_path / "lib"))
+    built = {path.relative_to(tmp_path / "lib") for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    wanted = {path.relative_to(tree / "python") for path in (tree / "python" / "tq4").rglob("*.py")}
+    assert wanted <= built
+    assert {path.name for path in built - wanted} == {"py.typed", "_build_info.json"}
+    info = json.loads((tmp_path / "lib" / "tq4" / "_build_info.json").read_text())
+    assert info["cuda_extension"] is False and "TQ4_BUILD_CUDA=0" in info["reason"]
+
+
+def test_building_without_nvcc_is_refused_when_it_was_asked_for(tmp_path):
+    tree = _copy_of_tree(tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import cuda_build; cuda_build._nvcc_candidates = lambda: []; "
+            "import runpy, sys; sys.argv = ['setup.py', 'build']; runpy.run_path('setup.py')",
+        ],
+        cwd=tree,
+        env={**os.environ, "TQ4_BUILD_CUDA": "1", "PYTHONPATH": str(tree / "scripts")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "TQ4_BUILD_CUDA=1, but nvcc was not found" in done.stderr
 
 
 # ---- the extension ----------------------------------------------------------------------------
