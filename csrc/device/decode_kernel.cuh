@@ -1,5 +1,5 @@
-// The main kernel of decode, once for all architectures; how tiles reach shared memory is the
-// Pipeline parameter (decode_pipeline.cuh).
+// The main kernel of decode, once for all architectures; how tiles reach shared memory is apart, in
+// decode_pipeline.cuh.
 //
 //   decode_prepare   q_rot = q R^T, row scales, q8 and residual               -> workspace
 //   decode_kernel    partial softmax(S) V' over this CTA's share of the keys  -> workspace
@@ -23,48 +23,22 @@
 //
 // Shared memory: pair table (64 KB) | barriers, scratch | merge exchange | stages
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../params.h"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/register_pool.cuh"
 #include "decode_merge.cuh"
+#include "decode_pipeline.cuh"
 #include "decode_plan.h"
 #include "decode_schedule.h"
 #include "decode_step.cuh"
 #include "decode_table.cuh"
 
 namespace tq4 {
-
-// What a consumer warp needs between segments and on their edges only; kept out of the registers of
-// the tile loop.  Written by all lanes alike.
-struct WarpScratch {
-  SegmentWalker walker;
-  DecodeSegment segment;
-};
-
-struct DecodeShared {
-  uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
-  int32_t warp_sums[32];
-  int8_t key_codes[16];
-  int32_t start_seq, start_prefix, total;
-  WarpScratch warps[16];
-};
-static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
-
-// A position in the stage ring, advanced tile by tile.
-struct RingPosition {
-  int stage;
-  uint32_t parity;  // of the phase in which the stage is filled for this tile
-
-  __device__ __forceinline__ void advance(int tiles, int num_stages) {
-    stage += tiles;
-    while (stage >= num_stages) {
-      stage -= num_stages;
-      parity ^= 1;
-    }
-  }
-};
 
 __device__ __forceinline__ DecodeBatch decode_batch(const AttentionParams& p, const DecodePlan& plan) {
   return {p.seq_lens,      p.query_start_loc, p.num_seqs,       p.window_left,
@@ -262,7 +236,9 @@ __device__ __forceinline__ void consume_tile(uint32_t stage, uint32_t empty, uin
   }
   uint32_t words[4][Config::Map::kValueWords];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) load_value_words<Config::D>(stage + at.value[c], at.wide, words[c]);
+  for (int c = 0; c < 4; ++c) {
+    load_value_words<Config::D, Config::kWide>(stage + at.value[c], words[c]);
+  }
   __syncwarp();  // all lanes have read the stage
   if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
 
@@ -350,8 +326,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   const ConsumerPlace place{{warp / plan.slots, slot, plan.teams, plan.slots, exchange},
                             slot / plan.row_groups,
                             slot % plan.row_groups * Config::kRows};
-  const LaneOffsets at =
-      make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head, plan.wide_loads);
+  const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
 
   WarpScratch& scratch = shared.warps[warp];
   scratch.walker = make_walker(decode_batch(p, plan), shared);
@@ -386,9 +361,10 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   }
 }
 
-template <typename Config, typename Pipeline>
+template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ DecodePlan plan) {
+  using Pipeline = std::conditional_t<Config::kBulk, BulkPipeline, CpAsyncPipeline>;
   extern __shared__ __align__(128) uint8_t decode_smem[];
   auto& shared = *reinterpret_cast<DecodeShared*>(decode_smem + kPairTableBytes);
   const uint32_t smem = ptx::smem_address(decode_smem);
@@ -407,10 +383,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       decode_batch(p, plan),
       reinterpret_cast<int32_t*>(static_cast<uint8_t*>(p.workspace) + plan.seq_prefix), shared);
 
-  if (threadIdx.x / kWarpSize == Config::kWarps) {
-    produce<Pipeline>(p, plan, shared, barriers, smem + plan.stage_offset);
-    ptx::wait_for_predecessor();  // so that whoever waits for this grid has waited for that one too
+  if (threadIdx.x / kWarpSize >= Config::kWarps) {
+    if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();
+    if (threadIdx.x / kWarpSize == Config::kWarps) {
+      produce<Pipeline>(p, plan, shared, barriers, smem + plan.stage_offset);
+    }
   } else {
+    if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     consume<Config>(p, plan, shared, smem, barriers, smem + plan.merge_offset,
                     smem + plan.stage_offset);
   }

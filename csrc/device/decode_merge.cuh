@@ -22,13 +22,6 @@ struct TeamPlace {
   int teams, slots;
   uint32_t exchange;  // shared address of the exchange area
 
-  // Bytes of one sender: its quads, then m and l of its rows, a word a lane.
-  template <typename Config>
-  __device__ __forceinline__ uint32_t area(int sender) const {
-    constexpr uint32_t kBytes = (kMergeQuads * 16 + 2 * Config::kOctets * 4) * kWarpSize;
-    return exchange + sender * kBytes;
-  }
-
   __device__ __forceinline__ void sync() const {
     ptx::named_barrier_sync(kConsumerBarrier, teams * slots * kWarpSize);
   }
@@ -42,7 +35,7 @@ __device__ __forceinline__ void merge_round(const TeamPlace& place, int half, De
   const bool sends = place.team >= half && place.team < 2 * half;
   const bool receives = place.team < half && place.team + half < place.teams;
   const int sender = (sends ? place.team - half : place.team) * place.slots + place.slot;
-  const uint32_t area = place.area<Config>(sender);
+  const uint32_t area = place.exchange + sender * merge_area_bytes(Config::kOctets);
   const uint32_t stats = area + kMergeQuads * 16 * kWarpSize + 4 * lane;
 
   float own_factor[2 * Config::kOctets], other_factor[2 * Config::kOctets];  // of columns 2 t, 2 t + 1

@@ -4,15 +4,47 @@
 // Both are run by the one producer warp, all lanes alike: wait until the stage is empty, copy, arrive
 // at `full` when everything has landed.  `batch` tiles are handled a step; `lane_tile` is the lane's.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../params.h"
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/smem.cuh"
-#include "decode_kernel.cuh"
+#include "decode_plan.h"
+#include "decode_schedule.h"
 
 namespace tq4 {
+
+// What a consumer warp needs between segments and on their edges only; kept out of the registers of
+// the tile loop.  Written by all lanes alike.
+struct WarpScratch {
+  SegmentWalker walker;
+  DecodeSegment segment;
+};
+
+struct DecodeShared {
+  uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
+  int32_t warp_sums[32];
+  int8_t key_codes[16];
+  int32_t start_seq, start_prefix, total;
+  WarpScratch warps[16];
+};
+static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
+
+// A position in the stage ring, advanced tile by tile.
+struct RingPosition {
+  int stage;
+  uint32_t parity;  // of the phase in which the stage is filled for this tile
+
+  __device__ __forceinline__ void advance(int tiles, int num_stages) {
+    stage += tiles;
+    while (stage >= num_stages) {
+      stage -= num_stages;
+      parity ^= 1;
+    }
+  }
+};
 
 // Addresses shared by both.
 struct DecodeRing {
@@ -41,6 +73,7 @@ struct CpAsyncPipeline : DecodeRing {
   static constexpr int batch = 1, lane_tile = 0;
   using DecodeRing::DecodeRing;
 
+  // The elements of a run, all repetitions in one sequence, are dealt to the lanes in turn.
   template <int kBytes>
   __device__ __forceinline__ void copy_runs(int page, int tile_in_block, int chunk,
                                             uint32_t stage) const {
@@ -48,14 +81,21 @@ struct CpAsyncPipeline : DecodeRing {
     for (int i = 0; i < plan.copy.num_runs; ++i) {
       const CopyRun& run = plan.copy.run[i];
       const uint8_t* src = source(page, run, tile_in_block, chunk);
-      uint32_t dst = stage + run.dst;
-      for (int rep = 0; rep < plan.copy.reps; ++rep) {
+      const uint32_t dst = stage + run.dst;
+      const int elements = run.bytes / kBytes;
+      int rep = lane / elements, at = (lane - rep * elements) * kBytes;
+      const int step_rep = kWarpSize / elements;
+      const int step_at = (kWarpSize - step_rep * elements) * kBytes;
 #pragma unroll 4
-        for (int at = lane * kBytes; at < run.bytes; at += kWarpSize * kBytes) {
-          ptx::cp_async<kBytes>(dst + at, src + at);
+      while (rep < plan.copy.reps) {
+        ptx::cp_async<kBytes>(dst + rep * plan.copy.dst_stride + at,
+                              src + rep * plan.copy.src_stride + at);
+        rep += step_rep;
+        at += step_at;
+        if (at >= run.bytes) {
+          at -= run.bytes;
+          ++rep;
         }
-        src += plan.copy.src_stride;
-        dst += plan.copy.dst_stride;
       }
     }
   }

@@ -13,23 +13,35 @@
 
 namespace tq4 {
 
-// Query rows of a warp in groups of 8.  With one, the other half of the A operand holds what rounding
-// left of q.  Two share the unpacking of K and V among 16 rows; at D = 256 their accumulators do not fit
-// in registers.  fp16 mode is for comparison and has one kind.
-constexpr int decode_octets(int head_dim, int max_rows, bool int8) {
-  return int8 && max_rows > 8 && head_dim != 256 ? 2 : 1;
+// Kinds of decode kernel.
+//   kInt8Rows8   up to 8 query rows a warp; the other half of the A operand holds what rounding left
+//                of q, so that quantising q costs no accuracy
+//   kInt8Rows16  16 rows share the unpacking of K and V; no residual.  Not at D = 256, where the
+//                accumulators would not fit in registers
+//   kFp16Rows8   no quantisation of q and K, for comparison
+// More rows are further warps over the same keys.
+enum class DecodeMode : int32_t { kInt8Rows8 = 0, kInt8Rows16 = 1, kFp16Rows8 = 2 };
+
+constexpr DecodeMode decode_mode(int head_dim, int max_rows, bool int8) {
+  return !int8                             ? DecodeMode::kFp16Rows8
+         : max_rows > 8 && head_dim != 256 ? DecodeMode::kInt8Rows16
+                                           : DecodeMode::kInt8Rows8;
 }
 
-// Consumer warps of a CTA: 16 hide latency best, but have 96 registers a thread (the producer is the
-// fifth warp of one scheduler); 8 have 168.
-constexpr int decode_warps(int head_dim, int octets, bool int8) {
-  return head_dim == 256 || !int8 || octets == 2 ? 8 : 16;
+constexpr int decode_octets(DecodeMode mode) { return mode == DecodeMode::kInt8Rows16 ? 2 : 1; }
+
+// Consumer warps of a CTA.  16 hide latency best, and need registers moved from the producer to the
+// consumers (sm_90a): 112 a thread.  8 have 168.
+constexpr int decode_warps(int head_dim, DecodeMode mode, bool bulk) {
+  return bulk && mode == DecodeMode::kInt8Rows8 && head_dim <= 128 ? 16 : 8;
 }
 
 constexpr int kPairTableBytes = 256 * 256;  // device/decode_table.cuh
 constexpr int kDecodeMaxStages = 64;
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 2048;  // barriers and scratch
 constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
+// One sender's: its quads, then m and l of its rows, a word a lane.
+constexpr int merge_area_bytes(int octets) { return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize; }
 
 // Shared memory of a CTA by compute capability, after opt-in.
 inline int decode_smem_limit(int arch) {
@@ -44,7 +56,9 @@ struct DecodePlan {
   TokenMap token_map;
   int32_t group;             // query heads of a KV head
   int32_t max_rows;          // query rows of a KV head: group * max_query_len
-  int32_t octets;            // 8-row groups of a warp: 1 or 2
+  DecodeMode mode;
+  bool bulk;                 // bulk copies; else cp.async
+  bool wide;                 // stage rows are aligned for vector loads
   int32_t row_groups;        // warps that share a (KV head, tile)
   int32_t heads_per_chunk, num_chunks;
   int32_t slots;             // warps of a team: heads_per_chunk * row_groups
@@ -54,7 +68,6 @@ struct DecodePlan {
   int32_t tiles_per_block;
   int32_t segment_cost;
   int32_t grid;
-  int32_t wide_loads;        // stage rows are aligned for vector loads
   int32_t smem_bytes, merge_offset, stage_offset;  // shared memory
   // Workspace, byte offsets.
   int64_t query_codes;       // INT8: int8 [T, Hq, D]; fp16: fp16 [T, Hq, D]
@@ -64,13 +77,19 @@ struct DecodePlan {
   int64_t partial_stats;     // float2 {m, l} [partials, heads_per_chunk, max_rows]
   int64_t partial_out;       // fp32 [partials, heads_per_chunk, max_rows, D]
   int64_t workspace_bytes;
-
-  bool bulk() const { return copy.width == 16; }
 };
 
-// Lowers a page view to runs of bytes, merging neighbours: a page whose 16 tokens lie back to back
-// is a single run whatever the layout.
-inline TileCopy make_tile_copy(const PageView& view, int heads_per_chunk) {
+// Whether a lane's codes can be read by vector loads of DecodeMap's alignment.
+inline bool is_wide(const StageView& stage, int head_dim) {
+  const int key_align = head_dim >= 128 ? 16 : 8, value_align = head_dim >= 128 ? 8 : 4;
+  return (stage.k_codes | stage.code_token_stride | stage.code_head_stride) % key_align == 0 &&
+         stage.v_codes % value_align == 0;
+}
+
+// Lowers a page view to runs of bytes.  With `merge`, neighbouring fields and rows become one run: a
+// page whose 16 tokens lie back to back is a single run, whatever the layout.  Without, each field is
+// placed on its own, aligned for vector loads.
+inline TileCopy make_tile_copy(const PageView& view, int heads_per_chunk, bool merge) {
   const int codes = view.head_dim / 2;
   const int num_chunks = view.num_kv_heads / heads_per_chunk;
   const int tiles_per_block = view.block_size / kTileTokens;
@@ -114,7 +133,7 @@ inline TileCopy make_tile_copy(const PageView& view, int heads_per_chunk) {
       const bool same_tiles = one_tile || last.tile_stride == field.tile_stride;
       // Token-major chunks move codes and norms by different amounts.
       const bool same_chunks = one_chunk || !token_major;
-      if (last.src + last.bytes == field.src && same_tiles && same_chunks) {
+      if (merge && last.src + last.bytes == field.src && same_tiles && same_chunks) {
         last.bytes += field.bytes;
         run_of[i] = copy.num_runs - 1;
         continue;
@@ -266,12 +285,51 @@ inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-inline int64_t align_workspace(int64_t bytes) { return round_up<int64_t>(bytes, 256); }
+}  // namespace detail
+
+namespace detail {
+
+// Fills in what depends on the pipeline; false when the cache cannot be read that way.
+inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
+  const PageView& view = p.cache;
+  const int octets = decode_octets(plan.mode);
+  const int limit = decode_smem_limit(p.arch);
+  plan.bulk = bulk;
+  plan.warps = decode_warps(view.head_dim, plan.mode, bulk);
+  plan.row_groups = ceil_div(plan.max_rows, 8 * octets);
+  plan.merge_offset = kPairTableBytes + kDecodeSharedBytes;
+  plan.num_stages = 0;
+  // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
+  // copied, and the fewer partial results.
+  for (int heads = std::min(view.num_kv_heads, plan.warps / plan.row_groups); heads > 0; --heads) {
+    if (view.num_kv_heads % heads != 0) continue;
+    plan.heads_per_chunk = heads;
+    plan.num_chunks = view.num_kv_heads / heads;
+    plan.slots = heads * plan.row_groups;
+    plan.teams = plan.warps / plan.slots;
+    plan.copy = make_tile_copy(view, heads, true);
+    plan.wide = is_wide(plan.copy.stage, view.head_dim);
+    if (bulk && plan.copy.width != 16) return false;
+    if (!bulk && !plan.wide) {
+      plan.copy = make_tile_copy(view, heads, false);
+      plan.wide = true;
+    }
+    int half = 1;  // first round of the merge: teams half .. teams - 1 send
+    while (2 * half < plan.teams) half *= 2;
+    const int senders = plan.teams > 1 ? (plan.teams - half) * plan.slots : 0;
+    plan.stage_offset = plan.merge_offset + round_up(senders * merge_area_bytes(octets), 128);
+    plan.num_stages =
+        std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
+    if (plan.num_stages >= 3) break;
+  }
+  return plan.num_stages >= 2;
+}
 
 }  // namespace detail
 
-// Throws std::invalid_argument for what no decode kernel can do.
-inline DecodePlan make_decode_plan(const AttentionParams& p) {
+// Throws std::invalid_argument for what no decode kernel can do.  `has_bulk`: the bulk-copy kernels
+// are compiled in.
+inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   using detail::require;
   const PageView& view = p.cache;
   require(view.head_dim == 64 || view.head_dim == 96 || view.head_dim == 128 || view.head_dim == 256,
@@ -286,45 +344,25 @@ inline DecodePlan make_decode_plan(const AttentionParams& p) {
 
   DecodePlan plan{};
   plan.group = p.num_q_heads / view.num_kv_heads;
-  plan.max_rows = plan.group * p.max_query_len;
-  plan.octets = decode_octets(view.head_dim, plan.max_rows, p.int8);
-  plan.warps = decode_warps(view.head_dim, plan.octets, p.int8);
-  plan.row_groups = ceil_div(plan.max_rows, 8 * plan.octets);
-  require(plan.row_groups <= plan.warps,
-          "max_query_len: decode takes up to " + std::to_string(8 * plan.octets * plan.warps) +
+  const int64_t max_rows = static_cast<int64_t>(plan.group) * p.max_query_len;
+  plan.mode = decode_mode(view.head_dim, static_cast<int>(std::min<int64_t>(max_rows, 1 << 20)), p.int8);
+  const int octets = decode_octets(plan.mode);
+  const int most_rows = 8 * octets * decode_warps(view.head_dim, plan.mode, false);
+  require(max_rows <= most_rows,
+          "max_query_len: decode takes up to " + std::to_string(most_rows) +
               " query rows a KV head (query heads of the group times query tokens), got " +
-              std::to_string(plan.max_rows) + "; use prefill");
+              std::to_string(max_rows) + "; use prefill");
+  plan.max_rows = static_cast<int>(max_rows);
   plan.tiles_per_block = view.block_size / kTileTokens;
   plan.grid = p.num_sms;
 
-  // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
-  // copied, and the fewer partial results.
-  const int limit = decode_smem_limit(p.arch);
-  plan.merge_offset = kPairTableBytes + kDecodeSharedBytes;
-  for (int heads = std::min(view.num_kv_heads, plan.warps / plan.row_groups); heads > 0; --heads) {
-    if (view.num_kv_heads % heads != 0) continue;
-    plan.heads_per_chunk = heads;
-    plan.num_chunks = view.num_kv_heads / heads;
-    plan.slots = heads * plan.row_groups;
-    plan.teams = plan.warps / plan.slots;
-    plan.copy = make_tile_copy(view, heads);
-    int half = 1;  // first round of the merge: teams half .. teams - 1 send
-    while (2 * half < plan.teams) half *= 2;
-    const int senders = plan.teams > 1 ? (plan.teams - half) * plan.slots : 0;
-    plan.stage_offset = plan.merge_offset +
-                        round_up(senders * (kMergeQuads * 16 + 2 * plan.octets * 4) * kWarpSize, 128);
-    plan.num_stages =
-        std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
-    if (plan.num_stages >= 3) break;
+  const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable && p.int8;
+  if (!wants_bulk || !detail::plan_tiles(p, true, plan)) {
+    require(detail::plan_tiles(p, false, plan),
+            "head_dim: a tile does not fit in this device's shared memory");
   }
-  require(plan.num_stages >= 2, "head_dim: a tile does not fit in this device's shared memory");
   plan.smem_bytes = plan.stage_offset + plan.num_stages * plan.copy.stage_bytes;
-
-  const StageView& stage = plan.copy.stage;
-  const int key_align = view.head_dim >= 128 ? 16 : 8, value_align = view.head_dim >= 128 ? 8 : 4;
-  plan.wide_loads = (stage.k_codes | stage.code_token_stride | stage.code_head_stride) % key_align == 0 &&
-                    stage.v_codes % value_align == 0;
-  plan.token_map = choose_token_map(view.head_dim, stage);
+  plan.token_map = choose_token_map(view.head_dim, plan.copy.stage);
   // A unit costs a CTA about what 16 KB of keys do, beside its tiles.
   plan.segment_cost = 1 + 16384 / plan.copy.stage_bytes;
 
@@ -336,11 +374,11 @@ inline DecodePlan make_decode_plan(const AttentionParams& p) {
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
     const int64_t begin = at;
-    at += detail::align_workspace(bytes);
+    at += round_up<int64_t>(bytes, 256);
     return begin;
   };
   plan.query_codes = take(rows * view.head_dim * query_bytes);
-  plan.query_residual = take(plan.octets == 1 ? rows * view.head_dim * query_bytes : 0);
+  plan.query_residual = take(octets == 1 ? rows * view.head_dim * query_bytes : 0);
   plan.query_scale = take(rows * 4);
   plan.seq_prefix = take((static_cast<int64_t>(p.num_seqs) + 1) * 4);
   plan.partial_stats = take(partial_rows * 8);

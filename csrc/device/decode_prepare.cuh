@@ -142,7 +142,9 @@ __global__ void __launch_bounds__(prepare_threads<D>())
         residuals |= static_cast<uint32_t>(rest & 0xff) << shift;
       }
       *reinterpret_cast<uint32_t*>(workspace + plan.query_codes + at) = codes;
-      if (plan.octets == 1) *reinterpret_cast<uint32_t*>(workspace + plan.query_residual + at) = residuals;
+      if (plan.mode == DecodeMode::kInt8Rows8) {
+        *reinterpret_cast<uint32_t*>(workspace + plan.query_residual + at) = residuals;
+      }
     } else {
       inverse = fp16_row_scale(largest);
       unit = largest != largest ? largest : __fdiv_rn(1.f, inverse);

@@ -27,23 +27,31 @@
 #include "../ptx/smem.cuh"
 #include "common.cuh"
 #include "decode_map.h"
+#include "decode_plan.h"
 #include "decode_table.cuh"
 #include "unpack4.cuh"
 
 namespace tq4 {
 
-template <int D_, int kOctets_, bool kInt8_, int kWarps_>
+template <int D_, DecodeMode kMode_, bool kBulk_, bool kWide_>
 struct DecodeConfig {
   static constexpr int D = D_;
-  static constexpr int kOctets = kOctets_;  // groups of 8 query rows of a warp
-  static constexpr bool kInt8 = kInt8_;
-  static constexpr int kWarps = kWarps_;    // consumers; one more warp fills the stages
-  static constexpr int kThreads = (kWarps + 1) * kWarpSize;
+  static constexpr DecodeMode kMode = kMode_;
+  static constexpr bool kBulk = kBulk_;  // bulk copies (sm_90a), else cp.async
+  static constexpr bool kWide = kWide_;  // the lane's codes lie aligned for vector loads
+
+  static constexpr bool kInt8 = kMode != DecodeMode::kFp16Rows8;
+  static constexpr int kOctets = decode_octets(kMode);  // groups of 8 query rows of a warp
   static constexpr bool kResidual = kOctets == 1;
   static constexpr int kRows = 8 * kOctets;
   using Map = DecodeMap<D>;
   static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
-  static_assert(kOctets == 1 || kOctets == 2, "one A operand holds 16 rows");
+
+  static constexpr int kWarps = decode_warps(D, kMode, kBulk);  // consumers
+  // Registers move between whole groups of 4 warps; otherwise one producer warp will do.
+  static constexpr bool kMovesRegisters = kWarps == 16;
+  static constexpr int kConsumerRegisters = 112, kProducerRegisters = 64;
+  static constexpr int kThreads = (kWarps + (kMovesRegisters ? 4 : 1)) * kWarpSize;
 };
 
 // Floor of the exponent reference; finite, so that differences are never NaN.
@@ -112,12 +120,11 @@ struct LaneOffsets {
   uint32_t norm[4];   // K norms of the same tokens
   uint32_t value_norm_delta;
   uint32_t tokens;    // their index in the tile, a byte each
-  bool wide;
 };
 
 template <typename Config>
 __device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage, const TokenMap& map,
-                                                         int head, bool wide) {
+                                                         int head) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   LaneOffsets at;
   at.tokens = 0;
@@ -136,24 +143,21 @@ __device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage,
     }
   }
   at.value_norm_delta = stage.v_norms - stage.k_norms;
-  at.wide = wide;
   return at;
 }
 
 // The lane's words of one token's K codes.  `address` is that of word 0.
-template <int D>
-__device__ __forceinline__ void load_key_words(uint32_t address, bool wide,
+template <int D, bool kWide>
+__device__ __forceinline__ void load_key_words(uint32_t address,
                                                uint32_t (&w)[DecodeMap<D>::kKeyWords]) {
   const int t = threadIdx.x % 4;
-  if (!wide) {
+  if constexpr (!kWide) {
 #pragma unroll
     for (int j = 0; j < DecodeMap<D>::kKeyWords; ++j) {
       // Relative to word 0; for D = 96 that depends on t.
       w[j] = ptx::ld_shared_u32(address + DecodeMap<D>::key_byte(t, j) - DecodeMap<D>::key_byte(t, 0));
     }
-    return;
-  }
-  if constexpr (D >= 128) {
+  } else if constexpr (D >= 128) {
 #pragma unroll
     for (int j = 0; j < DecodeMap<D>::kKeyWords; j += 4) {
       const uint4 v = ptx::ld_shared_v4(address + 16 * j);
@@ -167,14 +171,14 @@ __device__ __forceinline__ void load_key_words(uint32_t address, bool wide,
 }
 
 // The lane's bytes of one token's V codes, in words of 4.
-template <int D>
-__device__ __forceinline__ void load_value_words(uint32_t address, bool wide,
+template <int D, bool kWide>
+__device__ __forceinline__ void load_value_words(uint32_t address,
                                                  uint32_t (&w)[DecodeMap<D>::kValueWords]) {
   if constexpr (D >= 128) {
 #pragma unroll
     for (int j = 0; j < DecodeMap<D>::kValueWords; j += 2) {
       const uint32_t at = address + 32 * j;  // bytes 8 j / 2 of a lane lie 64 bytes further
-      if (wide) {
+      if constexpr (kWide) {
         const uint2 v = ptx::ld_shared_v2(at);
         w[j] = v.x, w[j + 1] = v.y;
       } else {
@@ -199,7 +203,9 @@ __device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t table, c
   constexpr int kWords = Config::Map::kKeyWords;
   uint32_t words[2][kWords];
 #pragma unroll
-  for (int j = 0; j < 2; ++j) load_key_words<Config::D>(stage + at.key[j], at.wide, words[j]);
+  for (int j = 0; j < 2; ++j) {
+    load_key_words<Config::D, Config::kWide>(stage + at.key[j], words[j]);
+  }
 
   if constexpr (Config::kInt8) {
     const int32_t start[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};

@@ -12,6 +12,12 @@
 
 namespace tq4 {
 
+#ifdef TQ4_HAS_SM90A
+constexpr bool kHasBulkKernels = true;
+#else
+constexpr bool kHasBulkKernels = false;
+#endif
+
 void launch_decode_prepare(const AttentionParams& p, const DecodePlan&plan, Stream stream) {
   const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
   const int64_t grid = ceil_div<int64_t>(rows, kPrepareRows);
@@ -38,12 +44,12 @@ void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Str
 }
 
 int64_t decode_workspace_bytes(const AttentionParams& p) {
-  return p.num_seqs == 0 || p.num_tokens == 0 ? 0 : make_decode_plan(p).workspace_bytes;
+  return p.num_seqs == 0 || p.num_tokens == 0 ? 0 : make_decode_plan(p, kHasBulkKernels).workspace_bytes;
 }
 
 void launch_decode(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
-  const DecodePlan plan = make_decode_plan(p);
+  const DecodePlan plan = make_decode_plan(p, kHasBulkKernels);
   if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
     throw std::invalid_argument("workspace: expected decode_workspace_bytes() bytes, 16-byte aligned");
   }
@@ -51,7 +57,7 @@ void launch_decode(const AttentionParams& p, Stream stream) {
   if (!p.int8) {
     sm80::launch_decode_fp16(p, plan, stream);
 #ifdef TQ4_HAS_SM90A
-  } else if (p.arch == 90 && p.path != Path::kPortable && plan.bulk()) {
+  } else if (plan.bulk) {
     sm90::launch_decode_int8(p, plan, stream);
 #endif
   } else {

@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "../device/decode_kernel.cuh"
-#include "../device/decode_pipeline.cuh"
 #include "../device/launch.h"
 
 namespace tq4 {
@@ -32,20 +31,27 @@ void dispatch_head_dim(int head_dim, Function&& function) {
   }
 }
 
-template <int D, int kOctets, bool kInt8, typename Pipeline>
+template <int D, DecodeMode kMode, bool kBulk, bool kWide>
 void launch_decode_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  using Config = DecodeConfig<D, kOctets, kInt8, decode_warps(D, kOctets, kInt8)>;
-  launch_dependent_kernel(p.arch, decode_kernel<Config, Pipeline>, dim3(plan.grid),
-                          dim3(Config::kThreads), plan.smem_bytes, stream, p, plan);
+  using Config = DecodeConfig<D, kMode, kBulk, kWide>;
+  launch_dependent_kernel(p.arch, decode_kernel<Config>, dim3(plan.grid), dim3(Config::kThreads),
+                          plan.smem_bytes, stream, p, plan);
 }
 
-template <typename Pipeline>
+template <bool kBulk, bool kWide>
 void launch_decode_int8_with(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    if constexpr (d != 256) {
-      if (plan.octets == 2) return launch_decode_config<d, 2, true, Pipeline>(p, plan, stream);
+    // Rows of the smaller head dimensions, merged or not, are always aligned enough.
+    if constexpr (kWide || d >= 128) {
+      if constexpr (d != 256) {
+        if (plan.mode == DecodeMode::kInt8Rows16) {
+          return launch_decode_config<d, DecodeMode::kInt8Rows16, kBulk, kWide>(p, plan, stream);
+        }
+      }
+      launch_decode_config<d, DecodeMode::kInt8Rows8, kBulk, kWide>(p, plan, stream);
+    } else {
+      throw std::logic_error("decode: no kernel for unaligned rows of this head dimension");
     }
-    launch_decode_config<d, 1, true, Pipeline>(p, plan, stream);
   });
 }
 

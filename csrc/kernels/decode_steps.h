@@ -14,7 +14,7 @@ void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream
 void launch_decode_fp16(const AttentionParams& p, const DecodePlan& plan, Stream stream);
 }  // namespace sm80
 namespace sm90 {
-// Needs plan.bulk().
+// For plan.bulk.
 void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream stream);
 }  // namespace sm90
 

@@ -6,7 +6,7 @@ namespace tq4::sm80 {
 
 void launch_decode_fp16(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    launch_decode_config<d, 1, false, CpAsyncPipeline>(p, plan, stream);
+    launch_decode_config<d, DecodeMode::kFp16Rows8, false, true>(p, plan, stream);
   });
 }
 

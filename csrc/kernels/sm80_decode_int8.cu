@@ -5,7 +5,7 @@
 namespace tq4::sm80 {
 
 void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  launch_decode_int8_with<CpAsyncPipeline>(p, plan, stream);
+  launch_decode_int8_with<false, true>(p, plan, stream);
 }
 
 }  // namespace tq4::sm80
