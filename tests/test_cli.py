@@ -183,6 +183,15 @@ def test_doctor_json_gives_a_reason_for_every_backend():
         assert report["gpus"] == [] and report["default_cuda"] is None
 
 
+@pytest.mark.parametrize("name, message", [("cuda", "cannot run on cpu"), ("fast", "expected one of")])
+def test_doctor_survives_a_backend_that_cannot_be_had(monkeypatch, name, message):
+    monkeypatch.setenv("TQ4_BACKEND", name)
+    done = _invoke("doctor", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert message in report["default_cpu"] and report["environment"]["TQ4_BACKEND"] == name
+
+
 def test_doctor_check_runs_the_reference():
     device = torch.device("cpu")
     assert doctor._check("reference", device) == (True, "differs from the reference by 0.0e+00")

@@ -134,7 +134,11 @@ def _extension() -> str:
 
 
 def _automatic(device: str) -> str:
-    module, _ = dispatch.resolve(dispatch.AUTO, torch.device(device))
+    """The backend that tensors of this device get when a call does not choose."""
+    try:
+        module, _ = dispatch.resolve(dispatch.AUTO, torch.device(device))
+    except (RuntimeError, ValueError) as error:
+        return f"no backend: {error}"
     return module.__name__.rpartition(".")[2]
 
 
