@@ -1,0 +1,489 @@
+"""The Triton backend: the ops on any NVIDIA GPU from sm_80 on, without a compiler at install time.
+
+Each op builds its :class:`Launch` objects (kernel, grid, arguments) from host-known shapes only and runs them:
+nothing here reads a CUDA tensor, so every op can be captured in a CUDA graph.  On CPU tensors the same kernels
+run in Triton's interpreter (``TRITON_INTERPRET=1``), which the tests use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from ..layout import PageView, page_view
+from ..triton_kernels.common import Pages
+from ..triton_kernels.configs import MAX_DECODE_ROWS, decode_config, prefill_config, queries_config
+from ..triton_kernels.decode import combine_kernel, prepare_kernel, split_kernel
+from ..triton_kernels.prefill import prefill_kernel
+from ..triton_kernels.queries import queries_kernel
+
+#: What the interpreter pretends to be: few multiprocessors, so that tests with few keys split them.
+_INTERPRETED_CAPABILITY = (8, 0)
+_INTERPRETED_SMS = 2
+
+
+@dataclass
+class Launch:
+    """One kernel launch: what to run, on how many programs, with which arguments."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _run(device: torch.device, launches: Iterable[Launch]) -> None:
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        for launch in launches:
+            launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+@lru_cache(maxsize=64)
+def _cuda_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return _INTERPRETED_CAPABILITY
+    return _cuda_capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=64)
+def _cuda_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_SMS
+    return _cuda_sms(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _wgmma(capability: tuple[int, int], block_m: int) -> bool:
+    """Whether tl.dot becomes wgmma, which wants the other of the two loops in attention.py."""
+    return capability[0] == 9 and block_m >= 64
+
+
+def _half(head_dim: int) -> int:
+    """D / 2 rounded up to a power of two: the width of a tile's even and odd halves."""
+    return triton.next_power_of_2(head_dim // 2)
+
+
+@lru_cache(maxsize=64)
+def _pages(view: PageView) -> Pages:
+    codes = (view.block_stride, view.k_codes, view.v_codes, view.code_token_stride, view.code_head_stride)
+    return Pages(
+        block_size=view.block_size,
+        block_stride=view.block_stride,
+        k_codes=view.k_codes,
+        k_norms=view.k_norms,
+        v_codes=view.v_codes,
+        v_norms=view.v_norms,
+        code_token_stride=view.code_token_stride,
+        code_head_stride=view.code_head_stride,
+        norm_token_stride=view.norm_token_stride,
+        norm_head_stride=view.norm_head_stride,
+        alignment=math.gcd(16, *codes),
+    )
+
+
+def _rotated_queries(
+    q: torch.Tensor, rotation: torch.Tensor | None, int8: bool, capability: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, Launch]:
+    """Workspaces for the rotated and quantised queries, and the launch that fills them."""
+    num_tokens, num_heads, head_dim = q.shape
+    half = _half(head_dim)
+    num_rows = num_tokens * num_heads
+    config = queries_config(capability, head_dim)
+    rotated = q.new_empty((num_rows, 2 * half), dtype=torch.int8 if int8 else torch.float16)
+    row_scale = q.new_empty(num_rows, dtype=torch.float32)
+    launch = Launch(
+        queries_kernel,
+        (triton.cdiv(num_rows, config.rows),),
+        {
+            "q": q,
+            "rotation": rotation,
+            "rotated": rotated,
+            "row_scale": row_scale,
+            "num_rows": num_rows,
+            "q_token_stride": q.stride(0),
+            "q_head_stride": q.stride(1),
+            "NUM_HEADS": num_heads,
+            "D": head_dim,
+            "HALF": half,
+            "ROWS": config.rows,
+            "CHUNK": config.chunk,
+            "ROTATION_SCALE": math.sqrt(head_dim),
+            "INT8": int8,
+        },
+        {"num_warps": config.num_warps},
+    )
+    return rotated, row_scale, launch
+
+
+def prefill_launches(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    q_rotation: torch.Tensor | None,
+    out_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_code_scale: float,
+    v_centroids: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    num_kv_heads: int,
+    sm_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    max_query_len: int,
+    int8: bool,
+    capability: tuple[int, int],
+    ptx: bool,
+) -> list[Launch]:
+    """The launches of a prefill for a compute capability; ``ptx``: use inline PTX (not in the interpreter)."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_seqs = seq_lens.shape[0]
+    group = num_q_heads // num_kv_heads
+    if causal:
+        window_right = 0
+    longest = num_tokens if max_query_len < 0 else min(max_query_len, num_tokens)
+    config = prefill_config(capability, head_dim, longest * group)
+    num_slots = num_tokens * group // config.block_m + num_seqs
+    rotated, row_scale, rotate = _rotated_queries(q, q_rotation, int8, capability)
+    return [
+        rotate,
+        Launch(
+            prefill_kernel,
+            (num_slots * num_kv_heads,),
+            {
+                "queries": rotated,
+                "row_scale": row_scale,
+                "cache": cache,
+                "block_table": block_table,
+                "seq_lens": seq_lens,
+                "query_start_loc": query_start_loc,
+                "out_rotation": out_rotation,
+                "k_centroids": k_centroids,
+                "k_codes": k_codes,
+                "v_centroids": v_centroids,
+                "out": out,
+                "lse": lse,
+                "sinks": sinks,
+                "out_token_stride": out.stride(0),
+                "out_head_stride": out.stride(1),
+                "table_stride": block_table.stride(0),
+                "lse_stride": num_tokens,
+                "num_seqs": num_seqs,
+                "num_slots": num_slots,
+                "score_scale": sm_scale * k_code_scale if int8 else sm_scale,
+                "softcap": softcap,
+                "window_left": window_left,
+                "window_right": window_right,
+                "P": _pages(page_view(cache, num_kv_heads, head_dim)),
+                "D": head_dim,
+                "HALF": _half(head_dim),
+                "GROUP": group,
+                "NUM_KV_HEADS": num_kv_heads,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "CHUNK": config.chunk,
+                "ROTATION_SCALE": math.sqrt(head_dim),
+                "INT8": int8,
+                "SOFTCAP": softcap > 0.0,
+                "LEFT": window_left >= 0,
+                "RIGHT": window_right >= 0,
+                "WGMMA": _wgmma(capability, config.block_m),
+                "PTX": ptx,
+            },
+            {"num_warps": config.num_warps},
+        ),
+    ]
+
+
+def prefill(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    q_rotation: torch.Tensor | None,
+    out_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_code_scale: float,
+    v_centroids: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    num_kv_heads: int,
+    sm_scale: float,
+    causal: bool = True,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    max_query_len: int = -1,
+    int8: bool = True,
+) -> None:
+    """torch.ops.tq4.prefill in Triton."""
+    launches = prefill_launches(
+        q,
+        cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        q_rotation,
+        out_rotation,
+        k_centroids,
+        k_codes,
+        k_code_scale,
+        v_centroids,
+        out,
+        lse,
+        sinks,
+        num_kv_heads,
+        sm_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        max_query_len,
+        int8,
+        _capability(q.device),
+        q.device.type == "cuda",
+    )
+    _run(q.device, launches)
+
+
+def decode_launches(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    q_rotation: torch.Tensor | None,
+    out_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    v_centroids: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    num_kv_heads: int,
+    sm_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    max_query_len: int,
+    capability: tuple[int, int],
+    num_sms: int,
+    ptx: bool,
+) -> list[Launch]:
+    """The launches of a decode; max_query_len times the query heads per KV head is at most MAX_DECODE_ROWS."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_seqs = seq_lens.shape[0]
+    group = num_q_heads // num_kv_heads
+    half = _half(head_dim)
+    if causal:
+        window_right = 0
+    max_rows = max_query_len * group
+    config = decode_config(capability, head_dim, max_rows)
+    max_shares = max(1, num_sms * config.programs_per_sm // num_kv_heads)
+    units = seq_lens.new_empty(num_seqs + 1)
+    partial_rows = (max_shares + num_seqs, num_kv_heads, max_rows)
+    partial_out = q.new_empty((*partial_rows, 2 * half), dtype=torch.float32)
+    partial_sums = q.new_empty((*partial_rows, 2), dtype=torch.float32)
+    rotated, row_scale, rotate = _rotated_queries(q, q_rotation, False, capability)
+    del rotate.arguments["INT8"]
+    prepare = Launch(
+        prepare_kernel,
+        (rotate.grid[0] + 1,),
+        rotate.arguments
+        | {
+            "seq_lens": seq_lens,
+            "query_start_loc": query_start_loc,
+            "units": units,
+            "num_seqs": num_seqs,
+            "window_left": window_left,
+            "BLOCK_N": config.block_n,
+            "LEFT": window_left >= 0,
+        },
+        rotate.options,
+    )
+    split = Launch(
+        split_kernel,
+        (max_shares * num_kv_heads,),
+        {
+            "queries": rotated,
+            "row_scale": row_scale,
+            "cache": cache,
+            "block_table": block_table,
+            "seq_lens": seq_lens,
+            "query_start_loc": query_start_loc,
+            "units": units,
+            "k_centroids": k_centroids,
+            "v_centroids": v_centroids,
+            "partial_out": partial_out,
+            "partial_sums": partial_sums,
+            "table_stride": block_table.stride(0),
+            "num_seqs": num_seqs,
+            "max_shares": max_shares,
+            "max_rows": max_rows,
+            "score_scale": sm_scale,
+            "softcap": softcap,
+            "window_left": window_left,
+            "window_right": window_right,
+            "P": _pages(page_view(cache, num_kv_heads, head_dim)),
+            "D": head_dim,
+            "HALF": half,
+            "GROUP": group,
+            "NUM_KV_HEADS": num_kv_heads,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "MIN_UNITS": config.min_units,
+            "SOFTCAP": softcap > 0.0,
+            "LEFT": window_left >= 0,
+            "RIGHT": window_right >= 0,
+            "WGMMA": _wgmma(capability, config.block_m),
+            "PTX": ptx,
+        },
+        {"num_warps": config.num_warps},
+    )
+    combine = Launch(
+        combine_kernel,
+        (num_seqs * num_kv_heads,),
+        {
+            "partial_out": partial_out,
+            "partial_sums": partial_sums,
+            "units": units,
+            "query_start_loc": query_start_loc,
+            "out_rotation": out_rotation,
+            "out": out,
+            "lse": lse,
+            "sinks": sinks,
+            "out_token_stride": out.stride(0),
+            "out_head_stride": out.stride(1),
+            "lse_stride": num_tokens,
+            "num_seqs": num_seqs,
+            "max_shares": max_shares,
+            "max_rows": max_rows,
+            "D": head_dim,
+            "HALF": half,
+            "GROUP": group,
+            "NUM_KV_HEADS": num_kv_heads,
+            "BLOCK_M": config.block_m,
+            "MIN_UNITS": config.min_units,
+            "CHUNK": config.chunk,
+            "ROTATION_SCALE": math.sqrt(head_dim),
+        },
+        {"num_warps": config.num_warps},
+    )
+    return [prepare, split, combine]
+
+
+def decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    q_rotation: torch.Tensor | None,
+    out_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_code_scale: float,
+    v_centroids: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    num_kv_heads: int,
+    sm_scale: float,
+    causal: bool = True,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    max_query_len: int = 1,
+    int8: bool = True,
+) -> None:
+    """torch.ops.tq4.decode in Triton.
+
+    Scores are exact whatever ``int8`` says: quantising queries would save nothing here and cost accuracy.
+    More query rows than the decode kernels take go to the prefill kernel, in its exact mode as well.
+    """
+    del int8
+    num_tokens, num_q_heads, _ = q.shape
+    num_seqs = seq_lens.shape[0]
+    longest = num_tokens if max_query_len < 0 else min(max_query_len, num_tokens)
+    if query_start_loc is None:
+        longest = 1
+    ptx = q.device.type == "cuda"
+    if longest * (num_q_heads // num_kv_heads) <= MAX_DECODE_ROWS:
+        launches = decode_launches(
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            q_rotation,
+            out_rotation,
+            k_centroids,
+            v_centroids,
+            out,
+            lse,
+            sinks,
+            num_kv_heads,
+            sm_scale,
+            causal,
+            window_left,
+            window_right,
+            softcap,
+            longest,
+            _capability(q.device),
+            _sms(q.device),
+            ptx,
+        )
+    else:
+        if query_start_loc is None:
+            query_start_loc = torch.arange(num_seqs + 1, dtype=torch.int32, device=q.device)
+        launches = prefill_launches(
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            q_rotation,
+            out_rotation,
+            k_centroids,
+            k_codes,
+            k_code_scale,
+            v_centroids,
+            out,
+            lse,
+            sinks,
+            num_kv_heads,
+            sm_scale,
+            causal,
+            window_left,
+            window_right,
+            softcap,
+            longest,
+            False,
+            _capability(q.device),
+            ptx,
+        )
+    _run(q.device, launches)

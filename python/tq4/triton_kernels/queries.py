@@ -1,0 +1,106 @@
+"""Rotate and quantise queries: steps [1] and [2] of attention, once per query row, ahead of the main kernels.
+
+A query row is used by one prefill tile and by every key split of a decode, and a rotation matrix costs far
+more to load than a row; so this is a launch of its own that leaves rows ready for the tensor cores:
+
+    INT8   q8 = round(q_rot / s) in [-127, 127], s = max|q_rot| / 127 for each row     row_scale = s
+    fp16   q_rot / p, p the power of two with max|q_rot| in [p, 2p)                    row_scale = p
+
+The power of two keeps bf16 queries of any magnitude inside fp16's range and costs no accuracy.  Columns are in
+the "even | odd" order of common.py, padding columns are zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import MAGIC, power_of_two, rotate_rows
+
+
+@triton.jit
+def prepare_rows(
+    block,
+    q,
+    rotation,
+    rotated,
+    row_scale,
+    num_rows,
+    q_token_stride,
+    q_head_stride,
+    NUM_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROTATION_SCALE: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """Rows block * ROWS on, row r being token r // NUM_HEADS and head r % NUM_HEADS.
+
+    Args:
+        q: [num_tokens, NUM_HEADS, D] fp16 or bf16; strides in elements.
+        rotation: fp32 [D, D] or None (q is rotated already).
+        rotated: [num_rows, 2 * HALF] int8 (INT8) or fp16, contiguous.
+        row_scale: fp32 [num_rows]; NaN for a row with a NaN or an infinity.
+    """
+    row = block * ROWS + tl.arange(0, ROWS)
+    valid = row < num_rows
+    token = (row // NUM_HEADS).to(tl.int64)
+    head = (row % NUM_HEADS).to(tl.int64)
+    # [1] rotate
+    q_rows = q + token * q_token_stride + head * q_head_stride
+    x = rotate_rows(q_rows, valid, rotation, D, HALF, CHUNK, ROTATION_SCALE)
+    # [2] quantise
+    largest = tl.max(tl.abs(x), 1)
+    if INT8:
+        scale = largest * (1.0 / 127.0)
+        inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+        # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low byte.
+        codes = (x * inverse[:, None] + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        scale = power_of_two(largest)
+        codes = (x * (1.0 / scale)[:, None]).to(tl.float16)
+    # The maximum ignores NaNs and integers cannot hold them: carry them in the scale, for this row only.
+    bad = tl.max(((x - x) != 0.0).to(tl.int32), 1)
+    scale = tl.where(bad > 0, float("nan"), scale)
+    column = tl.arange(0, 2 * HALF)
+    tl.store(rotated + row.to(tl.int64)[:, None] * (2 * HALF) + column[None, :], codes, mask=valid[:, None])
+    tl.store(row_scale + row, scale, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def queries_kernel(
+    q,
+    rotation,
+    rotated,
+    row_scale,
+    num_rows,
+    q_token_stride,
+    q_head_stride,
+    NUM_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROTATION_SCALE: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """prepare_rows on a grid of ceil(num_rows / ROWS) programs."""
+    prepare_rows(
+        tl.program_id(0),
+        q,
+        rotation,
+        rotated,
+        row_scale,
+        num_rows,
+        q_token_stride,
+        q_head_stride,
+        NUM_HEADS,
+        D,
+        HALF,
+        ROWS,
+        CHUNK,
+        ROTATION_SCALE,
+        INT8,
+    )
