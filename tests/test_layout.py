@@ -141,6 +141,12 @@ def test_strided_views_are_read_from_the_tensor():
     assert view.block_stride == 2 * 16 * 72 + 64 and view.code_head_stride == 16 * 72
 
 
+def test_heads_may_be_outermost():
+    cache = torch.empty(2, 5, 16, 72, dtype=torch.uint8).transpose(0, 1)
+    view = page_view(cache, 2, 64)
+    assert view.block_stride == 16 * 72 and view.code_head_stride == 5 * 16 * 72
+
+
 def test_strides_of_single_blocks_and_heads_do_not_matter():
     cache = torch.empty(1, 1, 16, 72, dtype=torch.uint8).as_strided((1, 1, 16, 72), (3, 5, 72, 1))
     view = page_view(cache, 1, 64)
@@ -157,12 +163,15 @@ def test_strides_of_single_blocks_and_heads_do_not_matter():
         ((4, 16, 144), (16 * 144, 144, 2), "contiguous last dimension"),
         ((4, 16, 144), (16 * 146, 146, 1), "multiples of 4 bytes"),
         ((4, 16, 144), (16 * 144 + 2, 144, 1), "multiples of 4 bytes"),
-        ((4, 16, 144), (16 * 144, 72, 1), "rows at least 144 bytes apart"),
+        ((4, 16, 144), (16 * 144, 72, 1), "do not overlap"),
+        ((4, 16, 144), (0, 144, 1), "do not overlap"),
+        ((4, 16, 144), (8 * 144, 144, 1), "do not overlap"),
         ((4, 3, 16, 72), None, r"\[num_blocks, 2, block_size, 72\]"),
         ((4, 2, 16, 80), None, r"\[num_blocks, 2, block_size, 72\]"),
         ((4, 2, 8, 72), None, "multiple of 16, got 8"),
         ((4, 2, 16, 72), (4 * 16 * 72, 16 * 72, 80, 1), "last two dimensions contiguous"),
-        ((4, 2, 16, 72), (16 * 72, 8 * 72, 72, 1), "heads at least"),
+        ((4, 2, 16, 72), (16 * 72, 8 * 72, 72, 1), "do not overlap"),
+        ((4, 2, 16, 72), (16 * 72, 3 * 16 * 72, 72, 1), "do not overlap"),
         ((4, 2, 16, 72), (32 * 72 + 2, 16 * 72, 72, 1), "multiples of 4 bytes"),
         ((4, 2, 16, 72), (2**33, 2**32, 72, 1), "less than 2"),
     ],

@@ -374,3 +374,46 @@ def test_cuda_backend_copies_rows_that_are_not_aligned():
 
 def test_schemas_are_kept_in_one_place():
     assert set(ops.SCHEMAS) == set(OPS)
+
+
+def test_cuda_backend_hands_the_arguments_on(monkeypatch):
+    """What reaches the extension: aligned rows in, results copied back, everything else untouched."""
+    seen = {}
+
+    def fill(name: str, **arguments) -> None:
+        seen.update(arguments)
+        for argument in MUTATED[name]:
+            if arguments.get(argument) is not None:
+                arguments[argument].fill_(3)
+
+    def stand_in(name: str) -> types.SimpleNamespace:
+        names = [a.name for a in getattr(torch.ops.tq4_cuda, name).default._schema.arguments]
+        return types.SimpleNamespace(
+            default=lambda *args, **kwargs: fill(name, **dict(zip(names, args, strict=False)), **kwargs)
+        )
+
+    fake = types.SimpleNamespace(**{name: stand_in(name) for name in OPS})
+    monkeypatch.setattr(cuda_backend.torch.ops, "tq4_cuda", fake)
+    for name in OPS:
+        names = [a.name for a in getattr(torch.ops.tq4, name).default._schema.arguments]
+        arguments = dict(zip(names, op_arguments(name), strict=False))
+        for argument in ("q", "key", "out", "packed"):
+            if argument in arguments:
+                # The same tensor at an address that is not a multiple of 16.
+                x = arguments[argument]
+                flat = torch.zeros(x.numel() + 16, dtype=x.dtype)
+                arguments[argument] = flat[1 : 1 + x.numel()].view(x.shape).copy_(x)
+        if name in ("prefill", "decode"):
+            arguments["path"] = 1
+        seen.clear()
+        getattr(cuda_backend, name)(**arguments)
+        for argument, value in arguments.items():
+            if argument in MUTATED[name]:
+                assert (value == 3).all()
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(seen[argument], value)
+            elif argument != "path" or name in ("prefill", "decode"):
+                assert seen[argument] == value
+        for argument in ("q", "key", "out", "packed", "k_rotation", "q_rotation"):
+            if seen.get(argument) is not None:
+                assert seen[argument].data_ptr() % 16 == 0

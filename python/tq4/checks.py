@@ -321,7 +321,7 @@ def _dtype(name: str, tensor: torch.Tensor, expected: tuple[torch.dtype, ...], n
 
 
 def _shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {meaning} = {list(expected)}, got {list(tensor.shape)}")
 
 
@@ -346,6 +346,8 @@ def _last_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 def _writable_rows(name: str, tensor: torch.Tensor) -> None:
     """[N, H, D] whose rows do not overlap (an expanded tensor cannot be written)."""
+    if tensor.is_contiguous():
+        return
     _last_contiguous(name, tensor)
     rows = sorted(
         (stride, size)
@@ -415,7 +417,7 @@ def _starts(name: str, starts: torch.Tensor, seqs: int) -> None:
 
 
 def _rotation(name: str, rotation: torch.Tensor | None, head_dim: int) -> None:
-    if rotation is None:
+    if rotation is None or _is(rotation, torch.float32, (head_dim, head_dim)):
         return
     _dtype(name, rotation, (torch.float32,))
     _shape(name, rotation, (head_dim, head_dim), "[head_dim, head_dim]")
@@ -423,9 +425,16 @@ def _rotation(name: str, rotation: torch.Tensor | None, head_dim: int) -> None:
 
 
 def _table(name: str, table: torch.Tensor, size: int, dtype: torch.dtype = torch.float32) -> None:
+    if _is(table, dtype, (size,)):
+        return
     _dtype(name, table, (dtype,))
     _shape(name, table, (size,), f"[{size}]")
     _contiguous(name, table)
+
+
+def _is(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """The usual, good case in one step; what is wrong otherwise is found out afterwards."""
+    return tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous()
 
 
 def _packed_pair(packed: torch.Tensor, norms: torch.Tensor, shape: tuple[int, int, int]) -> None:

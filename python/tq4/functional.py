@@ -53,7 +53,7 @@ def store(
     value = _input("value", value)
     tensor, _ = _cache(cache, key.shape[1] if key.dim() == 3 else None)
     _head_dim("key", key, quantizer)
-    torch.ops.tq4.store(
+    torch.ops.tq4.store.default(
         key,
         value,
         tensor,
@@ -118,7 +118,7 @@ def gather(
             f"got {list(key.shape)}"
         )
     starts = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    torch.ops.tq4.gather(
+    torch.ops.tq4.gather.default(
         tensor,
         _tensor("block_table", block_table),
         seq_lens,
@@ -165,7 +165,7 @@ def compress(
         norms = torch.empty((*shape, 1), dtype=torch.float32, device=x.device)
     else:
         packed, norms = _tensor("out", out[0]), _tensor("out", out[1])
-    torch.ops.tq4.compress(
+    torch.ops.tq4.compress.default(
         x,
         rotation if rotate else None,
         centroids,
@@ -209,7 +209,7 @@ def decompress(
     rotation, centroids, _ = _side(quantizer, which)
     if out is None:
         out = torch.empty((*packed.shape[:-1], quantizer.head_dim), dtype=dtype, device=packed.device)
-    torch.ops.tq4.decompress(
+    torch.ops.tq4.decompress.default(
         packed,
         norms,
         rotation if rotate else None,
@@ -276,7 +276,7 @@ def prefill(
         written.
     """
     return _attention(
-        torch.ops.tq4.prefill,
+        torch.ops.tq4.prefill.default,
         q,
         cache,
         block_table,
@@ -333,7 +333,7 @@ def decode(
         As :func:`prefill`.
     """
     return _attention(
-        torch.ops.tq4.decode,
+        torch.ops.tq4.decode.default,
         q,
         cache,
         block_table,
@@ -357,7 +357,7 @@ def decode(
 
 
 def _attention(
-    op: torch._ops.OpOverloadPacket,
+    op: torch._ops.OpOverload,
     q: torch.Tensor,
     cache: Cache,
     block_table: torch.Tensor,

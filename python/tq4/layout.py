@@ -36,7 +36,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 #: Head dimensions every backend supports.
@@ -64,13 +66,12 @@ _INT32_MAX = 2**31 - 1
 
 
 class StridedTensor(Protocol):
-    """What :func:`page_view` needs of a tensor: rank, sizes and strides (a torch tensor has them)."""
+    """What :func:`page_view` needs of a tensor: sizes and strides (a torch tensor has them)."""
 
-    def dim(self) -> int: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
 
-    def size(self, dim: int) -> int: ...
-
-    def stride(self, dim: int) -> int: ...
+    def stride(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def layout_of(cache: StridedTensor) -> str:
     Raises:
         ValueError: any other rank.
     """
-    rank = cache.dim()
+    rank = len(cache.shape)
     if rank == 3:
         return TOKEN_MAJOR
     if rank == 4:
@@ -204,60 +205,70 @@ def page_view(cache: StridedTensor, num_kv_heads: int, head_dim: int) -> PageVie
         The offsets and strides, in bytes.
 
     Raises:
-        ValueError: naming ``cache``, when shape or strides do not fit the layout, when block_size is not a
-            multiple of 16, or when a stride is not a multiple of 4 bytes.
+        ValueError: naming ``cache``, when shape or strides do not fit the layout or overlap, when block_size
+            is not a multiple of 16, or when a stride is not a multiple of 4 bytes.
     """
     layout = layout_of(cache)
-    num_blocks = cache.size(0)
+    return _page_view(layout, tuple(cache.shape), tuple(cache.stride()), num_kv_heads, head_dim)
+
+
+@lru_cache(maxsize=4096)  # called for every op; a process has few distinct caches
+def _page_view(
+    layout: str, shape: tuple[int, ...], strides: tuple[int, ...], num_kv_heads: int, head_dim: int
+) -> PageView:
+    num_blocks = shape[0]
     # The stride of a dimension of size one is arbitrary and never used: replace it by the packed one.
     if layout == TOKEN_MAJOR:
-        block_size, row_bytes = cache.size(1), cache.size(2)
-        used = token_bytes(num_kv_heads, head_dim)
-        if row_bytes < used:
+        block_size, row_bytes = shape[1], shape[2]
+        unit = token_bytes(num_kv_heads, head_dim)
+        if row_bytes < unit:
             raise ValueError(
-                f"cache: expected a last dimension of at least num_kv_heads * (head_dim + 8) = {used} "
+                f"cache: expected a last dimension of at least num_kv_heads * (head_dim + 8) = {unit} "
                 f"bytes for {num_kv_heads} KV heads of dimension {head_dim}, got {row_bytes}"
             )
-        inner = cache.stride(1)
-        if cache.stride(2) != 1:
-            raise ValueError(f"cache: expected a contiguous last dimension (stride 1), got {cache.stride(2)}")
-        if inner < used:
-            raise ValueError(f"cache: expected rows at least {used} bytes apart, got stride(1) = {inner}")
-        extent = block_size * inner
+        if strides[2] != 1:
+            raise ValueError(f"cache: expected a contiguous last dimension (stride 1), got {strides[2]}")
+        units, inner = block_size, strides[1]
         fields = _token_major_fields(num_kv_heads, block_size, code_bytes(head_dim), inner)
     else:
-        block_size = cache.size(2)
+        block_size = shape[2]
         vector = vector_bytes(head_dim)
-        if cache.size(1) != num_kv_heads or cache.size(3) != vector:
+        if shape[1] != num_kv_heads or shape[3] != vector:
             raise ValueError(
                 f"cache: expected shape [num_blocks, {num_kv_heads}, block_size, {vector}] for "
-                f"{num_kv_heads} KV heads of dimension {head_dim}, got {[cache.size(i) for i in range(4)]}"
+                f"{num_kv_heads} KV heads of dimension {head_dim}, got {list(shape)}"
             )
-        if cache.stride(3) != 1 or cache.stride(2) != vector:
+        if strides[3] != 1 or strides[2] != vector:
             raise ValueError(
                 f"cache: expected the last two dimensions contiguous (strides {vector}, 1), got "
-                f"{cache.stride(2)}, {cache.stride(3)}"
+                f"{strides[2]}, {strides[3]}"
             )
-        packed = head_page_bytes(block_size, head_dim)
-        inner = cache.stride(1) if num_kv_heads > 1 else packed
-        if inner < packed:
-            raise ValueError(f"cache: expected heads at least {packed} bytes apart, got stride(1) = {inner}")
-        extent = num_kv_heads * inner
+        unit = head_page_bytes(block_size, head_dim)
+        units, inner = num_kv_heads, strides[1] if num_kv_heads > 1 else unit
         fields = _head_major_fields(num_kv_heads, block_size, code_bytes(head_dim), inner)
     if block_size <= 0 or block_size % BLOCK_SIZE_MULTIPLE:
         raise ValueError(
             f"cache: expected a block_size that is a multiple of {BLOCK_SIZE_MULTIPLE}, got {block_size}"
         )
-    block_stride = cache.stride(0) if num_blocks > 1 else extent
+    span = inner * (units - 1) + unit  # bytes from the first to the last of one block
+    block_stride = strides[0] if num_blocks > 1 else inner * units
     if inner % ALIGNMENT or block_stride % ALIGNMENT:
         raise ValueError(
             f"cache: expected strides that are multiples of {ALIGNMENT} bytes, got stride(0) = "
             f"{block_stride}, stride(1) = {inner}"
         )
-    if extent > _INT32_MAX or num_blocks > _INT32_MAX:
+    # Blocks one after the other, or interleaved: all blocks of one unit (row or head), then the next unit's.
+    after = block_stride >= span and inner >= unit
+    interleaved = block_stride >= unit and inner >= block_stride * (num_blocks - 1) + unit
+    if not (after or interleaved):
+        raise ValueError(
+            f"cache: expected bytes that do not overlap ({units} times {unit} a block), got stride(0) = "
+            f"{block_stride}, stride(1) = {inner}"
+        )
+    if span > _INT32_MAX or num_blocks > _INT32_MAX:
         raise ValueError(
             "cache: expected one block to span less than 2**31 bytes and fewer than 2**31 blocks, got "
-            f"{extent} bytes and {num_blocks} blocks"
+            f"{span} bytes and {num_blocks} blocks"
         )
     return PageView(
         block_stride=block_stride,

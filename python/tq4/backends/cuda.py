@@ -111,6 +111,15 @@ def _vectorised(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _matrix(rotation: torch.Tensor | None) -> torch.Tensor | None:
+    return None if rotation is None else _vectorised(rotation)
+
+
+def _copy_back(target: torch.Tensor, written: torch.Tensor) -> None:
+    if written is not target:
+        target.copy_(written)
+
+
 def store(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -125,15 +134,14 @@ def store(
     norm_correction: bool = False,
     path: int = 0,
 ) -> None:
-    """torch.ops.tq4.store by the extension."""
-    del path  # one store kernel serves every architecture
-    torch.ops.tq4_cuda.store(
+    """torch.ops.tq4.store by the extension; one kernel serves every architecture, whatever the path."""
+    torch.ops.tq4_cuda.store.default(
         _vectorised(key),
         _vectorised(value),
         cache,
         slot_mapping,
-        k_rotation,
-        v_rotation,
+        _matrix(k_rotation),
+        _matrix(v_rotation),
         k_centroids,
         k_boundaries,
         v_centroids,
@@ -155,25 +163,22 @@ def gather(
     value: torch.Tensor,
     path: int = 0,
 ) -> None:
-    """torch.ops.tq4.gather by the extension."""
-    del path
+    """torch.ops.tq4.gather by the extension; one kernel serves every architecture, whatever the path."""
     fast_key, fast_value = _vectorised(key), _vectorised(value)
-    torch.ops.tq4_cuda.gather(
+    torch.ops.tq4_cuda.gather.default(
         cache,
         block_table,
         seq_lens,
         out_start_loc,
-        k_rotation,
-        v_rotation,
+        _matrix(k_rotation),
+        _matrix(v_rotation),
         k_centroids,
         v_centroids,
         fast_key,
         fast_value,
     )
-    if fast_key is not key:
-        key.copy_(fast_key)
-    if fast_value is not value:
-        value.copy_(fast_value)
+    _copy_back(key, fast_key)
+    _copy_back(value, fast_value)
 
 
 def compress(
@@ -186,11 +191,12 @@ def compress(
     norm_correction: bool = False,
     path: int = 0,
 ) -> None:
-    """torch.ops.tq4.compress by the extension."""
-    del path
-    torch.ops.tq4_cuda.compress(
-        _vectorised(x), rotation, centroids, boundaries, packed, norms, norm_correction
+    """torch.ops.tq4.compress by the extension; one kernel serves every architecture, whatever the path."""
+    fast_packed = _vectorised(packed)
+    torch.ops.tq4_cuda.compress.default(
+        _vectorised(x), _matrix(rotation), centroids, boundaries, fast_packed, norms, norm_correction
     )
+    _copy_back(packed, fast_packed)
 
 
 def decompress(
@@ -201,25 +207,27 @@ def decompress(
     out: torch.Tensor,
     path: int = 0,
 ) -> None:
-    """torch.ops.tq4.decompress by the extension."""
-    del path
-    fast_packed, fast_out = _vectorised(packed), _vectorised(out)
-    torch.ops.tq4_cuda.decompress(fast_packed, norms, rotation, centroids, fast_out)
-    if fast_out is not out:
-        out.copy_(fast_out)
+    """torch.ops.tq4.decompress by the extension; one kernel serves every architecture, whatever the path."""
+    fast_out = _vectorised(out)
+    torch.ops.tq4_cuda.decompress.default(_vectorised(packed), norms, _matrix(rotation), centroids, fast_out)
+    _copy_back(out, fast_out)
 
 
-def prefill(q: torch.Tensor, out: torch.Tensor, **arguments: Any) -> None:
+def prefill(**arguments: Any) -> None:
     """torch.ops.tq4.prefill by the extension; ``path=1`` restricts it to the portable kernels."""
-    fast_out = _vectorised(out)
-    torch.ops.tq4_cuda.prefill(q=_vectorised(q), out=fast_out, **arguments)
-    if fast_out is not out:
-        out.copy_(fast_out)
+    _attend(torch.ops.tq4_cuda.prefill.default, arguments)
 
 
-def decode(q: torch.Tensor, out: torch.Tensor, **arguments: Any) -> None:
+def decode(**arguments: Any) -> None:
     """torch.ops.tq4.decode by the extension; ``path=1`` restricts it to the portable kernels."""
-    fast_out = _vectorised(out)
-    torch.ops.tq4_cuda.decode(q=_vectorised(q), out=fast_out, **arguments)
-    if fast_out is not out:
-        out.copy_(fast_out)
+    _attend(torch.ops.tq4_cuda.decode.default, arguments)
+
+
+def _attend(op: torch._ops.OpOverload, arguments: dict[str, Any]) -> None:
+    out = arguments["out"]
+    arguments["q"] = _vectorised(arguments["q"])
+    arguments["out"] = _vectorised(out)
+    arguments["q_rotation"] = _matrix(arguments["q_rotation"])
+    arguments["out_rotation"] = _matrix(arguments["out_rotation"])
+    op(**arguments)
+    _copy_back(out, arguments["out"])
