@@ -83,8 +83,7 @@ def get_backend() -> str:
 
 def available_backends() -> dict[str, tuple[bool, str]]:
     """For each backend, whether it can run here (on the current CUDA device, if any), and why (not)."""
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    return {name: availability(name, device) for name in BACKENDS if name != "auto"}
+    return {name: availability(name, _device_for(name)) for name in BACKENDS if name != "auto"}
 
 
 def availability(name: str, device: torch.device) -> tuple[bool, str]:
@@ -151,11 +150,15 @@ def _checked_id(name: str) -> int:
     if name is None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got None")
     number = backend_id(name)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    ok, reason = availability(name, device)
+    ok, reason = availability(name, _device_for(name))
     if not ok:
         raise RuntimeError(f"backend {name!r} cannot run on this machine: {reason}")
     return number
+
+
+def _device_for(name: str) -> torch.device:
+    """The device that says most about whether a backend can run on this machine."""
+    return torch.device("cuda" if torch.cuda.is_available() or name.startswith("cuda") else "cpu")
 
 
 def _automatic(device: torch.device) -> int:
