@@ -180,8 +180,6 @@ def _attention(
     # The dispatcher drops trailing arguments that equal the schema's default, and the two ops differ in one.
     if max_query_len is None:
         max_query_len = default_query_len
-    if name == "prefill" and query_start_loc is None:
-        raise ValueError("query_start_loc: expected an int32 tensor [num_seqs + 1], got None")
     if name == "decode" and max_query_len < 1:
         raise ValueError(f"max_query_len: expected at least 1 for decode, got {max_query_len}")
     checks.check_attention(
@@ -261,8 +259,8 @@ def _register() -> None:
         _library.define(f"{name}({arguments}, int backend=0) -> ()")
         path = ", int path=0" if name in _WITH_PATH else ""
         _cuda_library.define(f"{name}({arguments}{path}) -> ()")
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, kernels[name], key)
+        # One implementation for every device: the backend is chosen inside.
+        _library.impl(name, kernels[name], "CompositeExplicitAutograd")
         torch.library.register_fake(f"tq4::{name}", _nothing, lib=_library)
         torch.library.register_fake(f"tq4_cuda::{name}", _nothing, lib=_cuda_library)
 

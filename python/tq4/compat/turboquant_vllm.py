@@ -436,6 +436,5 @@ _library.define(
     "Tensor(b!) norms) -> ()"
 )
 for _name, _kernel in (("attention", _run_attention), ("compress", _run_compress)):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tq4_compat::{_name}", lambda *arguments: None, lib=_library)
