@@ -17,10 +17,20 @@ from typing import Any
 import torch
 import triton
 
-from ..layout import PageView, page_view
+from ..layout import ALIGNMENT as WORD_BYTES
+from ..layout import NORM_EPSILON, PageView, code_bytes, page_view
 from ..triton_kernels.common import Pages
-from ..triton_kernels.configs import MAX_DECODE_ROWS, decode_config, prefill_config, queries_config
+from ..triton_kernels.configs import (
+    MAX_DECODE_ROWS,
+    decode_config,
+    encode_config,
+    expand_config,
+    prefill_config,
+    queries_config,
+)
 from ..triton_kernels.decode import combine_kernel, prepare_kernel, split_kernel
+from ..triton_kernels.encode import compress_kernel, store_kernel
+from ..triton_kernels.expand import decompress_kernel, gather_kernel
 from ..triton_kernels.prefill import prefill_kernel
 from ..triton_kernels.queries import queries_kernel
 
@@ -78,8 +88,12 @@ def _half(head_dim: int) -> int:
     return triton.next_power_of_2(head_dim // 2)
 
 
+def _cache_pages(cache: torch.Tensor, num_kv_heads: int, head_dim: int) -> Pages:
+    return _pages(page_view(cache, num_kv_heads, head_dim), math.gcd(16, cache.data_ptr()))
+
+
 @lru_cache(maxsize=64)
-def _pages(view: PageView) -> Pages:
+def _pages(view: PageView, base_alignment: int) -> Pages:
     codes = (view.block_stride, view.k_codes, view.v_codes, view.code_token_stride, view.code_head_stride)
     return Pages(
         block_size=view.block_size,
@@ -92,8 +106,281 @@ def _pages(view: PageView) -> Pages:
         code_head_stride=view.code_head_stride,
         norm_token_stride=view.norm_token_stride,
         norm_head_stride=view.norm_head_stride,
-        alignment=math.gcd(16, *codes),
+        alignment=math.gcd(base_alignment, *codes),
     )
+
+
+def store_launches(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_rotation: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    k_boundaries: torch.Tensor,
+    v_centroids: torch.Tensor,
+    v_boundaries: torch.Tensor,
+    norm_correction: bool,
+    capability: tuple[int, int],
+) -> list[Launch]:
+    """The launch of a store for a compute capability."""
+    num_heads, head_dim = key.shape[1:]
+    num_rows = slot_mapping.shape[0] * num_heads
+    config = encode_config(capability, head_dim, num_rows)
+    return [
+        Launch(
+            store_kernel,
+            (triton.cdiv(num_rows, config.rows), 2),
+            {
+                "key": key,
+                "value": value,
+                "cache": cache,
+                "slot_mapping": slot_mapping,
+                "k_rotation": k_rotation,
+                "v_rotation": v_rotation,
+                "k_centroids": k_centroids,
+                "k_boundaries": k_boundaries,
+                "v_centroids": v_centroids,
+                "v_boundaries": v_boundaries,
+                "num_rows": num_rows,
+                "key_token_stride": key.stride(0),
+                "key_head_stride": key.stride(1),
+                "value_token_stride": value.stride(0),
+                "value_head_stride": value.stride(1),
+                "P": _cache_pages(cache, num_heads, head_dim),
+                "NUM_HEADS": num_heads,
+                "D": head_dim,
+                "HALF": _half(head_dim),
+                "ROWS": config.rows,
+                "CHUNK": config.chunk,
+                "ROTATION_SCALE": math.sqrt(head_dim),
+                "EPSILON": NORM_EPSILON,
+                "CORRECTION": norm_correction,
+            },
+            {"num_warps": config.num_warps},
+        )
+    ]
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_rotation: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    k_boundaries: torch.Tensor,
+    v_centroids: torch.Tensor,
+    v_boundaries: torch.Tensor,
+    norm_correction: bool = False,
+) -> None:
+    """torch.ops.tq4.store in Triton."""
+    launches = store_launches(
+        key,
+        value,
+        cache,
+        slot_mapping,
+        k_rotation,
+        v_rotation,
+        k_centroids,
+        k_boundaries,
+        v_centroids,
+        v_boundaries,
+        norm_correction,
+        _capability(key.device),
+    )
+    _run(key.device, launches)
+
+
+def compress_launches(
+    x: torch.Tensor,
+    rotation: torch.Tensor | None,
+    centroids: torch.Tensor,
+    boundaries: torch.Tensor,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    norm_correction: bool,
+    capability: tuple[int, int],
+) -> list[Launch]:
+    """The launch of a compress for a compute capability."""
+    num_tokens, num_heads, head_dim = x.shape
+    num_rows = num_tokens * num_heads
+    config = encode_config(capability, head_dim, num_rows)
+    return [
+        Launch(
+            compress_kernel,
+            (triton.cdiv(num_rows, config.rows),),
+            {
+                "x": x,
+                "rotation": rotation,
+                "centroids": centroids,
+                "boundaries": boundaries,
+                "packed": packed,
+                "norms": norms,
+                "num_rows": num_rows,
+                "token_stride": x.stride(0),
+                "head_stride": x.stride(1),
+                "NUM_HEADS": num_heads,
+                "D": head_dim,
+                "HALF": _half(head_dim),
+                "ROWS": config.rows,
+                "CHUNK": config.chunk,
+                "ROTATION_SCALE": math.sqrt(head_dim),
+                "EPSILON": NORM_EPSILON,
+                "CORRECTION": norm_correction,
+            },
+            {"num_warps": config.num_warps},
+        )
+    ]
+
+
+def compress(
+    x: torch.Tensor,
+    rotation: torch.Tensor | None,
+    centroids: torch.Tensor,
+    boundaries: torch.Tensor,
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    norm_correction: bool = False,
+) -> None:
+    """torch.ops.tq4.compress in Triton."""
+    launches = compress_launches(
+        x, rotation, centroids, boundaries, packed, norms, norm_correction, _capability(x.device)
+    )
+    _run(x.device, launches)
+
+
+def gather_launches(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out_start_loc: torch.Tensor,
+    k_rotation: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    v_centroids: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    capability: tuple[int, int],
+) -> list[Launch]:
+    """The launch of a gather for a compute capability."""
+    total, num_heads, head_dim = key.shape
+    num_seqs = seq_lens.shape[0]
+    config = expand_config(capability, head_dim)
+    num_slots = total // config.rows + num_seqs
+    return [
+        Launch(
+            gather_kernel,
+            (num_slots * num_heads, 2),
+            {
+                "cache": cache,
+                "block_table": block_table,
+                "seq_lens": seq_lens,
+                "out_start_loc": out_start_loc,
+                "k_rotation": k_rotation,
+                "v_rotation": v_rotation,
+                "k_centroids": k_centroids,
+                "v_centroids": v_centroids,
+                "key": key,
+                "value": value,
+                "table_stride": block_table.stride(0),
+                "key_token_stride": key.stride(0),
+                "key_head_stride": key.stride(1),
+                "value_token_stride": value.stride(0),
+                "value_head_stride": value.stride(1),
+                "num_seqs": num_seqs,
+                "total": total,
+                "P": _cache_pages(cache, num_heads, head_dim),
+                "NUM_HEADS": num_heads,
+                "D": head_dim,
+                "HALF": _half(head_dim),
+                "TOKENS": config.rows,
+                "CHUNK": config.chunk,
+                "ROTATION_SCALE": math.sqrt(head_dim),
+            },
+            {"num_warps": config.num_warps},
+        )
+    ]
+
+
+def gather(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out_start_loc: torch.Tensor,
+    k_rotation: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    k_centroids: torch.Tensor,
+    v_centroids: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """torch.ops.tq4.gather in Triton."""
+    launches = gather_launches(
+        cache,
+        block_table,
+        seq_lens,
+        out_start_loc,
+        k_rotation,
+        v_rotation,
+        k_centroids,
+        v_centroids,
+        key,
+        value,
+        _capability(cache.device),
+    )
+    _run(cache.device, launches)
+
+
+def decompress_launches(
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    rotation: torch.Tensor | None,
+    centroids: torch.Tensor,
+    out: torch.Tensor,
+    capability: tuple[int, int],
+) -> list[Launch]:
+    """The launch of a decompress for a compute capability."""
+    num_tokens, num_heads, head_dim = out.shape
+    num_rows = num_tokens * num_heads
+    config = expand_config(capability, head_dim)
+    if packed.data_ptr() % WORD_BYTES:
+        packed = packed.clone()  # the kernel reads whole words
+    return [
+        Launch(
+            decompress_kernel,
+            (triton.cdiv(num_rows, config.rows),),
+            {
+                "packed": packed,
+                "norms": norms,
+                "rotation": rotation,
+                "centroids": centroids,
+                "out": out,
+                "num_rows": num_rows,
+                "D": head_dim,
+                "HALF": _half(head_dim),
+                "ROWS": config.rows,
+                "CHUNK": config.chunk,
+                "ROTATION_SCALE": math.sqrt(head_dim),
+                "ALIGNMENT": math.gcd(16, packed.data_ptr(), code_bytes(head_dim)),
+            },
+            {"num_warps": config.num_warps},
+        )
+    ]
+
+
+def decompress(
+    packed: torch.Tensor,
+    norms: torch.Tensor,
+    rotation: torch.Tensor | None,
+    centroids: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """torch.ops.tq4.decompress in Triton."""
+    launches = decompress_launches(packed, norms, rotation, centroids, out, _capability(out.device))
+    _run(out.device, launches)
 
 
 def _rotated_queries(
@@ -195,7 +482,7 @@ def prefill_launches(
                 "softcap": softcap,
                 "window_left": window_left,
                 "window_right": window_right,
-                "P": _pages(page_view(cache, num_kv_heads, head_dim)),
+                "P": _cache_pages(cache, num_kv_heads, head_dim),
                 "D": head_dim,
                 "HALF": _half(head_dim),
                 "GROUP": group,
@@ -348,7 +635,7 @@ def decode_launches(
             "softcap": softcap,
             "window_left": window_left,
             "window_right": window_right,
-            "P": _pages(page_view(cache, num_kv_heads, head_dim)),
+            "P": _cache_pages(cache, num_kv_heads, head_dim),
             "D": head_dim,
             "HALF": half,
             "GROUP": group,

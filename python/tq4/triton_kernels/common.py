@@ -162,6 +162,33 @@ def power_of_two(x):
     return bits.to(tl.float32, bitcast=True)
 
 
+# ---- Sequences.
+
+
+@triton.jit
+def first_slot(starts, seq, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """First tile slot of a sequence: starts[seq] * GROUP rows come before it, in tiles of BLOCK rows.
+
+    floor(rows before / BLOCK) + seq leaves every sequence room for ceil(its rows / BLOCK) tiles, so that slots
+    never overlap and their number, floor(all rows / BLOCK) + num_seqs, follows from host-known shapes.
+    """
+    return (tl.load(starts + seq).to(tl.int64) * GROUP // BLOCK).to(tl.int32) + seq
+
+
+@triton.jit
+def find_sequence(starts, slot, num_seqs, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The last sequence whose first slot is not after ``slot``, by bisection."""
+    low = 0
+    high = num_seqs - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first_slot(starts, middle, GROUP, BLOCK) <= slot:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 # ---- Pages.
 
 
@@ -235,7 +262,7 @@ def load_tile(
 
 
 @triton.jit
-def _bytes_of(words):
+def bytes_of(words):
     """uint32 [rows, W] -> uint8 [rows, 4 W], little-endian (register renaming only, once compiled)."""
     low = tl.join((words & 0xFF).to(tl.uint8), ((words >> 16) & 0xFF).to(tl.uint8))
     high = tl.join(((words >> 8) & 0xFF).to(tl.uint8), ((words >> 24) & 0xFF).to(tl.uint8))
@@ -244,7 +271,30 @@ def _bytes_of(words):
 
 @triton.jit
 def _word(b0, b1, b2, b3):
-    return (b0 | (b1 << 8) | (b2 << 16) | (b3 << 24)).to(tl.uint32, bitcast=True)
+    """Four bytes as a table word in an ordinary register.
+
+    The word is the same in all threads.  Where registers are scarce ptxas moves such values to uniform registers,
+    which prmt cannot read, and copies them back for every use (120 moves per step of the decode loop).  It
+    does not see through the exchange with a neighbour below, so the word counts as divergent.
+    """
+    word = (b0 | (b1 << 8) | (b2 << 16) | (b3 << 24)).to(tl.uint32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 lane, other, x;
+        mov.u32 lane, %laneid;
+        xor.b32 other, lane, 1;
+        xor.b32 x, $1, lane;
+        shfl.sync.idx.b32 x, x, other, 31, -1;
+        xor.b32 $0, x, other;
+        }
+        """,
+        "=r,r",
+        [word],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -313,7 +363,7 @@ def _half_words(centroids, inverse_scale, i: tl.constexpr):
 @triton.jit
 def expand_bytes(words, codes, table, PTX: tl.constexpr):
     """Code words [TOKENS, HALF / 4] -> int8 codes[index] [TOKENS, 2 * HALF], even | odd."""
-    byte = _bytes_of(words)
+    byte = bytes_of(words)
     if PTX:
         even, odd = tl.inline_asm_elementwise(
             LOOKUP_BYTES_PTX,
@@ -332,7 +382,7 @@ def expand_bytes(words, codes, table, PTX: tl.constexpr):
 @triton.jit
 def expand_halves(words, centroids, scale, table, PTX: tl.constexpr):
     """Code words [TOKENS, HALF / 4] -> fp16(centroid / scale) [TOKENS, 2 * HALF], even | odd."""
-    byte = _bytes_of(words)
+    byte = bytes_of(words)
     if PTX:
         even, odd = tl.inline_asm_elementwise(
             LOOKUP_HALVES_PTX,
@@ -355,7 +405,7 @@ def expand_values(words, norm, centroids, scale, table, PTX: tl.constexpr):
     scale is a power of two, so this is fp16(c) * norm but for the rounding of the norm to fp16 (2**-12) and
     of the product; the norm may be scale**-1 times larger than fp16's largest number.
     """
-    byte = _bytes_of(words)
+    byte = bytes_of(words)
     factor = (norm * scale).to(tl.float16)[:, None]
     if PTX:
         even, odd = tl.inline_asm_elementwise(
@@ -468,3 +518,29 @@ def store_rotated(
             )
             rotated = tl.dot(halves, (r * ROTATION_SCALE).to(tl.float16)) * scale
             tl.store(out_rows[:, None] + column[None, :], rotated.to(dtype), mask=row_valid[:, None] & inside)
+
+
+@triton.jit
+def rotate_back_exact(
+    x,
+    first,
+    rotation,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROTATION_SCALE: tl.constexpr,
+):
+    """Columns first .. first + CHUNK - 1 of x @ R with fp32 accuracy, for x fp32 [ROWS, even | odd], |x| < 2."""
+    dim = dims(HALF)
+    column = first + tl.arange(0, CHUNK)
+    r = tl.load(
+        rotation + dim[:, None] * D + column[None, :],
+        mask=(dim < D)[:, None] & (column < D)[None, :],
+        other=0.0,
+    )
+    r_high, r_low = split_half(r * ROTATION_SCALE)
+    x_high, x_low = split_half(x)
+    result = tl.dot(x_high, r_high)
+    result = tl.dot(x_high, r_low, result)
+    result = tl.dot(x_low, r_high, result)
+    return result * (1.0 / ROTATION_SCALE)

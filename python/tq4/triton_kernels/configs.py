@@ -89,11 +89,32 @@ def prefill_config(capability: tuple[int, int], head_dim: int, max_rows: int) ->
     return PrefillConfig(block_m, config.block_n, config.chunk, 4)
 
 
+def _chunk(capability: tuple[int, int], head_dim: int) -> int:
+    """Columns of a rotation at a time, by shared memory."""
+    if head_dim == 256:
+        return 32
+    return 32 if _architecture(capability) in ("sm_86", "sm_120") else 64
+
+
 def queries_config(capability: tuple[int, int], head_dim: int) -> RowsConfig:
     """Configuration of the rotation of queries."""
+    return RowsConfig(32 if head_dim == 256 else 64, _chunk(capability, head_dim), 4)
+
+
+def encode_config(capability: tuple[int, int], head_dim: int, num_rows: int) -> RowsConfig:
+    """Configuration of store and compress for ``num_rows`` vectors.
+
+    A program loads the whole rotation, so many vectors share one where there are enough to fill the GPU.
+    """
+    chunk = _chunk(capability, head_dim)
     if head_dim == 256:
-        return RowsConfig(32, 32, 4)
-    return RowsConfig(64, 32 if _architecture(capability) in ("sm_86", "sm_120") else 64, 4)
+        return RowsConfig(32, chunk, 8) if num_rows > 4096 else RowsConfig(16, chunk, 4)
+    return RowsConfig(128, chunk, 8) if num_rows > 8192 else RowsConfig(32, chunk, 4)
+
+
+def expand_config(capability: tuple[int, int], head_dim: int) -> RowsConfig:
+    """Configuration of gather and decompress."""
+    return RowsConfig(32 if head_dim == 256 else 64, 32, 4)
 
 
 @dataclass(frozen=True)

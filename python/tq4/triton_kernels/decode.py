@@ -121,7 +121,9 @@ def prepare_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_seqs", "max_shares", "max_rows", "window_left", "window_right"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_seqs", "max_shares", "max_rows", "window_left", "window_right"]
+)
 def split_kernel(
     queries,
     row_scale,
@@ -262,9 +264,7 @@ def split_kernel(
                     PTX,
                 )
             slot = ((share + seq).to(tl.int64) * NUM_KV_HEADS + head) * max_rows + row
-            tl.store(
-                partial_out + slot[:, None] * (2 * HALF) + column[None, :], acc, mask=row_valid[:, None]
-            )
+            tl.store(partial_out + slot[:, None] * (2 * HALF) + column[None, :], acc, mask=row_valid[:, None])
             tl.store(partial_sums + slot * 2, m, mask=row_valid)
             tl.store(partial_sums + slot * 2 + 1, l, mask=row_valid)
         unit = stop_unit

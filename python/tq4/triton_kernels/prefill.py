@@ -26,29 +26,12 @@ from .common import (
     LN2,
     LOG2E,
     LOWEST,
+    find_sequence,
+    first_slot,
     half_scale,
     half_table,
     store_rotated,
 )
-
-
-@triton.jit
-def _first_slot(query_start_loc, seq, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    return (tl.load(query_start_loc + seq).to(tl.int64) * GROUP // BLOCK_M).to(tl.int32) + seq
-
-
-@triton.jit
-def _find_sequence(query_start_loc, slot, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The last sequence whose first slot is not after ``slot``."""
-    low = 0
-    high = num_seqs - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _first_slot(query_start_loc, middle, GROUP, BLOCK_M) <= slot:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 @triton.jit(
@@ -118,8 +101,8 @@ def prefill_kernel(
     program = tl.program_id(0)
     head = program % NUM_KV_HEADS
     slot = num_slots - 1 - program // NUM_KV_HEADS
-    seq = _find_sequence(query_start_loc, slot, num_seqs, GROUP, BLOCK_M)
-    first_row = (slot - _first_slot(query_start_loc, seq, GROUP, BLOCK_M)) * BLOCK_M
+    seq = find_sequence(query_start_loc, slot, num_seqs, GROUP, BLOCK_M)
+    first_row = (slot - first_slot(query_start_loc, seq, GROUP, BLOCK_M)) * BLOCK_M
     start_token = tl.load(query_start_loc + seq)
     num_queries = tl.load(query_start_loc + seq + 1) - start_token
     num_rows = num_queries * GROUP
