@@ -35,26 +35,26 @@ TQ4_HOST_DEVICE constexpr uint32_t nibble(uint32_t word, int i) {
   return word >> nibble_shift(i) & 15u;
 }
 
-// Exact division of 0 <= n < 2^40 by a divisor 1 <= d < 2^24 known at launch, as one high product.
-//
-// With m = ceil(2^64 / d) and e = m d - 2^64 (0 <= e < d):  n m / 2^64 = n / d + n e / (d 2^64),
-// and the second term is below 1 / d, so below the distance to the next integer, when n e < 2^64.
-// d = 1 would need m = 2^64: it is stored as m = 0 and means "the quotient is n".
+// Exact division of any 32-bit number by a divisor known at launch, in five instructions
+// (Granlund and Montgomery, "Division by invariant integers using multiplication", figure 4.1).
 struct Divider {
-  uint64_t magic;
-  uint32_t divisor;
+  uint32_t divisor, magic;
+  int32_t shift1, shift2;
 
   static constexpr Divider make(uint32_t d) {
-    return {d == 1 ? 0 : UINT64_MAX / d + 1, d};
+    int bits = 0;
+    while (bits < 32 && (uint64_t{1} << bits) < d) ++bits;
+    const uint64_t magic = ((uint64_t{1} << 32) * ((uint64_t{1} << bits) - d)) / d + 1;
+    return {d, static_cast<uint32_t>(magic), bits > 1 ? 1 : bits, bits > 1 ? bits - 1 : 0};
   }
 
-  TQ4_HOST_DEVICE uint64_t quotient(uint64_t n) const {
+  TQ4_HOST_DEVICE uint32_t quotient(uint32_t n) const {
 #ifdef __CUDA_ARCH__
-    const uint64_t q = __umul64hi(n, magic);
+    const uint32_t high = __umulhi(n, magic);
 #else
-    const uint64_t q = static_cast<uint64_t>(static_cast<unsigned __int128>(n) * magic >> 64);
+    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(n) * magic >> 32);
 #endif
-    return magic == 0 ? n : q;
+    return (high + ((n - high) >> shift1)) >> shift2;
   }
 };
 

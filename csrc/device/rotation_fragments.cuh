@@ -1,0 +1,136 @@
+// A rotation matrix as B fragments in shared memory, and the recognition of Hadamard rotations.
+//
+// Fragment elements stand for dims as fragment_map.cuh says; g = lane / 4, t = lane % 4.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../ptx/arith.cuh"
+#include "common.cuh"
+#include "fragment_map.cuh"
+
+namespace tq4 {
+
+// What one pass over the matrix finds out.
+struct RotationScan {
+  bool hadamard;  // R = largest * H * diag(signs), H Sylvester's Hadamard matrix
+  float largest;  // largest |entry|
+};
+
+// Reads all of R with the whole CTA, whose size is a multiple of D / 4 threads.  `scratch` is one
+// shared word.  Contains barriers.
+//
+// A Hadamard rotation is told by its entries, all of them: nothing but the matrix reaches the
+// kernel, and a wrong guess would be a silently wrong result.  64 KB from L2 take about 1 us, once
+// a CTA, behind the first tile's loads.
+template <int D>
+__device__ __forceinline__ RotationScan scan_rotation(const float* __restrict__ rotation,
+                                                      uint32_t* scratch) {
+  constexpr int kQuads = D / 4;  // float4 in a row
+  constexpr bool kPowerOfTwo = (D & (D - 1)) == 0;
+  const uint4* quads = reinterpret_cast<const uint4*>(rotation);
+  constexpr uint32_t kMagnitude = 0x7fffffffu;
+  const uint32_t column = threadIdx.x % kQuads;  // the same for all of a thread's loads
+  const uint32_t corner = quads[0].x & kMagnitude;
+  const uint4 top = quads[column];  // row 0 of H is all ones: the signs
+  uint32_t largest = 0;
+  uint32_t difference = ((top.x ^ corner) | (top.y ^ corner) | (top.z ^ corner) | (top.w ^ corner)) &
+                        kMagnitude;
+#pragma unroll 8
+  for (uint32_t q = threadIdx.x; q < D * kQuads; q += blockDim.x) {
+    const uint4 v = quads[q];
+    largest = max(max(largest, v.x & kMagnitude), max(v.y & kMagnitude, v.z & kMagnitude));
+    largest = max(largest, v.w & kMagnitude);
+    if constexpr (kPowerOfTwo) {
+      // H[i][j] = -1 to the number of common one bits of i and j; j = 4 column + 0..3.
+      const uint32_t i = q / kQuads;
+      const uint32_t s0 = static_cast<uint32_t>(__popc(i & (column * 4))) << 31;
+      const uint32_t s1 = i << 31, s2 = i >> 1 << 31;
+      difference |= v.x ^ top.x ^ s0;
+      difference |= v.y ^ top.y ^ (s0 ^ s1);
+      difference |= v.z ^ top.z ^ (s0 ^ s2);
+      difference |= v.w ^ top.w ^ (s0 ^ s1 ^ s2);
+    }
+  }
+  if (threadIdx.x == 0) *scratch = 0;
+  __syncthreads();  // orders the zero before the maxima below
+  largest = __reduce_max_sync(kFullWarp, largest);
+  if (threadIdx.x % kWarpSize == 0) atomicMax(scratch, largest);
+  // Also orders every warp's maximum before the read below.
+  const bool differs = __syncthreads_or(difference != 0) != 0;
+  RotationScan scan;
+  scan.largest = __uint_as_float(*scratch);
+  scan.hadamard = kPowerOfTwo && !differs && scan.largest > 0.f && scan.largest < INFINITY;
+  return scan;
+}
+
+// An fp32 number as the sum of two fp16 ones, packed {high, low}: relative error 2^-22 while the
+// number stays within [2^-3, 2^15] (smaller ones: absolute error 2^-25).
+__device__ __forceinline__ uint32_t split_fp16(float x) {
+  const __half high = __float2half_rn(x);
+  const __half low = __float2half_rn(x - __half2float(high));
+  return __half_as_ushort(high) | static_cast<uint32_t>(__half_as_ushort(low)) << 16;
+}
+
+// Entries are scaled so that the largest becomes this: keeps the low parts of typical entries
+// (1/sqrt(D) of an orthogonal matrix) out of fp16's subnormals.  Dividing by the largest entry
+// rather than by a power of two makes matrices of +-1/sqrt(D) exact in one fp16.
+inline constexpr float kRotationUnit = 1024.f;
+
+__device__ __forceinline__ float scale_of_rotation(float largest) {
+  return largest > 0.f ? kRotationUnit / largest : 1.f;
+}
+
+// B fragments of kTiles column tiles of a rotation, R = (high + low) / scale.
+template <int D, int kTiles>
+struct RotationFragments {
+  // [tile / 2][k16 step][lane] = {b0, b1 of the even tile, b0, b1 of the odd tile}
+  uint4 high[kTiles / 2][D / 16][kWarpSize];
+  uint4 low[kTiles / 2][D / 16][kWarpSize];
+};
+
+// Fills the fragments of column tiles first_tile .. first_tile + kTiles - 1 with the whole CTA.
+// kStore: x @ R^T, B[k][n] = R[n][k]; else x @ R, B[k][n] = R[k][n]; dims as in fragment_map.cuh.
+// Returns whether this thread wrote a low part that is not zero.  Callers put barriers between it and
+// the readers before and after.
+template <int D, int kTiles, bool kStore>
+__device__ __forceinline__ bool fill_rotation_fragments(RotationFragments<D, kTiles>& fragments,
+                                                        const float* __restrict__ rotation,
+                                                        float scale, int first_tile) {
+  using Map = FragmentMap<D>;
+  uint32_t low_bits = 0;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < kTiles * Map::kSteps * kWarpSize; i += blockDim.x) {
+    // Neighbouring threads write neighbouring 8 bytes.
+    const int lane = i / 2 % kWarpSize, g = lane / 4, t = lane % 4;
+    const int step = i / 2 / kWarpSize % Map::kSteps;
+    const int tile = i / 2 / kWarpSize / Map::kSteps * 2 + i % 2;
+    uint32_t split[2][2];  // [b0 / b1][odd]
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      float2 pair;
+      if constexpr (kStore) {
+        const int row = Map::code_dim(first_tile + tile, g / 2, g % 2);
+        pair = *reinterpret_cast<const float2*>(rotation + row * D + Map::input_dim(step, high, t, 0));
+      } else {
+        const int column = Map::output_dim(first_tile + tile, g / 2, g % 2);
+        const float* entry = rotation + Map::code_dim(2 * step + high, t, 0) * D + column;
+        pair = {entry[0], entry[D]};
+      }
+      split[high][0] = split_fp16(pair.x * scale);
+      split[high][1] = split_fp16(pair.y * scale);
+    }
+    const uint2 high = {ptx::prmt(split[0][0], split[0][1], 0x5410),
+                        ptx::prmt(split[1][0], split[1][1], 0x5410)};
+    const uint2 low = {ptx::prmt(split[0][0], split[0][1], 0x7632),
+                       ptx::prmt(split[1][0], split[1][1], 0x7632)};
+    reinterpret_cast<uint2*>(fragments.high)[i] = high;
+    reinterpret_cast<uint2*>(fragments.low)[i] = low;
+    low_bits |= (low.x | low.y) & 0x7fff7fffu;
+  }
+  return low_bits != 0;
+}
+
+}  // namespace tq4
