@@ -58,6 +58,7 @@ struct PrefillConfig {
   static constexpr int kCodeBytes = D / 2;
   static constexpr int kSlice = kCodeBytes / kThreadsPerToken;  // bytes copied by a thread
   static constexpr int kSliceWords = kSlice / 4;
+  static constexpr int kKeyChunksPerSlice = kInt8 ? kSliceWords / 2 : kSliceWords;
   static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
 
   using Key = KeyTile<D, kInt8 ? 1 : 2>;
@@ -75,7 +76,8 @@ struct PrefillConfig {
   static constexpr int kWarpKeys = 160;   // WarpKeys [kWarps]
   static constexpr int kRowTokens = 288;  // int [kRows]
   static constexpr int kRowScales = kRowTokens + 4 * kRows;  // float [kRows]
-  static constexpr int kPages = kRowScales + 4 * kRows;  // int [kPageSlots][kTile]
+  static constexpr int kSlots = round_up(kRowScales + 4 * kRows, 16);  // ThreadSlot [kThreads]
+  static constexpr int kPages = kSlots + 16 * kThreads;  // int [kPageSlots][kTile]
   static constexpr int kPageSlots = kStages + 1;
   static constexpr int kRaw = kPages + 4 * kPageSlots * kTile;
   static constexpr int kBuffers = round_up(kRaw + kStages * kRawBytes, kAlign);
@@ -105,9 +107,17 @@ struct alignas(16) PageInfo {
   const int32_t* table;  // the sequence's row of block_table
   int key_begin;         // first key of tile 0
   int key_end;           // keys from here on are not loaded
-  int k_codes, v_codes, k_norms, v_norms;  // byte offsets in a block, the KV head included
 };
-static_assert(sizeof(PageInfo) == 32, "read as two 16-byte vectors");
+static_assert(sizeof(PageInfo) == 16, "read as one vector");
+
+// Where one thread copies and unpacks its slice of every tile: byte offsets that never change, made
+// once and read back as one vector.
+struct alignas(16) ThreadSlot {
+  uint32_t source;  // of the K codes in a block, KV head and (where fixed) token included
+  uint32_t norm;    // of the norm in a block; slice 0 copies K's, slice 1 V's
+  uint32_t raw;     // of the K codes in a stage
+  uint32_t tiles;   // low half: chunk 0 in the K tile; high half: chunk 0 in the V tile
+};
 
 // [1/7] pages -> raw ring.
 //
@@ -123,13 +133,38 @@ struct PageLoader {
     return block_shift >= 0 ? token >> block_shift : token / view.block_size;
   }
 
+  // Tiles start at multiples of kTile: where block_size divides it, a thread always copies the same
+  // token of a block.
+  __device__ __forceinline__ bool fixed_token() const {
+    return block_shift >= 0 && 1 << block_shift <= Config::kTile;
+  }
+
+  __device__ __forceinline__ void write_slot(const PageView& view, int kv_head) const {
+    const int row = threadIdx.x / Config::kThreadsPerToken;
+    const int slice = threadIdx.x % Config::kThreadsPerToken;
+    const int in_block = fixed_token() ? row & ((1 << block_shift) - 1) : 0;
+    // A slice lies inside one quarter of the head dimension; the V tile takes the slices of a token
+    // as neighbouring chunks, which keeps the stores free of conflicts (undone by value_dim).
+    constexpr int kSlicesPerQuarter = Config::kThreadsPerToken / 4;
+    const int chunk = slice % kSlicesPerQuarter * Config::kKeyChunksPerSlice;
+    ThreadSlot slot;
+    slot.source = view.k_codes + kv_head * view.code_head_stride +
+                  in_block * view.code_token_stride + slice * Config::kSlice;
+    slot.norm = (slice == 0 ? view.k_norms : view.v_norms) + kv_head * view.norm_head_stride +
+                in_block * view.norm_token_stride;
+    slot.raw = row * Config::kCodeBytes + slice * Config::kSlice;
+    slot.tiles = Config::Key::offset(row, slice / kSlicesPerQuarter, chunk) |
+                 Config::Value::offset(row, slice) << 16;
+    ptx::st_shared_v4(smem + Config::kSlots + 16 * threadIdx.x, slot.source, slot.norm, slot.raw,
+                      slot.tiles);
+  }
+
   __device__ __forceinline__ uint32_t page_slot(int tile, unsigned row) const {
     return smem + Config::kPages + 4 * (tile % Config::kPageSlots * Config::kTile + row);
   }
 
   // Entries past the last page of a sequence are garbage: never read, let alone followed.
-  __device__ __forceinline__ void copy_page_id(int tile, const PageView& view) const {
-    const unsigned row = ptx::thread_idx_volatile() / Config::kThreadsPerToken;
+  __device__ __forceinline__ void copy_page_id(int tile, unsigned row, const PageView& view) const {
     const uint4 info = ptx::ld_shared_v4(smem + Config::kPageInfo);
     const int token = info.z + tile * Config::kTile + row;
     if (token >= static_cast<int>(info.w)) return;
@@ -160,37 +195,44 @@ struct PageLoader {
     const unsigned slice = thread % Config::kThreadsPerToken;
     const uint2 range = ptx::ld_shared_v2(smem + Config::kPageInfo + offsetof(PageInfo, key_begin));
     const int token = range.x + tile * Config::kTile + row;
-    if (slice == 2) copy_page_id(tile + Config::kStages, view);
+    if (slice == 2) copy_page_id(tile + Config::kStages, row, view);
     if (token >= static_cast<int>(range.y)) return;
-    const uint4 field = ptx::ld_shared_v4(smem + Config::kPageInfo + offsetof(PageInfo, k_codes));
-    const int in_block = token - block_of(token, view) * view.block_size;
+    uint4 slot = ptx::ld_shared_v4(smem + Config::kSlots + 16 * thread);  // ThreadSlot
+    if (!fixed_token()) {
+      const int in_block = token - block_of(token, view) * view.block_size;
+      slot.x += in_block * view.code_token_stride;
+      slot.y += in_block * view.norm_token_stride;
+    }
     const int page = ptx::ld_shared_u32(page_slot(tile, row));
     const uint8_t* block = view.base + page * view.block_stride;
     const uint32_t stage = smem + Config::kRaw + tile % Config::kStages * Config::kRawBytes;
-    const uint32_t dst = stage + row * Config::kCodeBytes + slice * Config::kSlice;
-    const uint32_t codes = in_block * view.code_token_stride + slice * Config::kSlice;
-    copy_codes(dst, block + (codes + field.x));
-    copy_codes(dst + Config::kTile * Config::kCodeBytes, block + (codes + field.y));
+    const uint8_t* codes = block + slot.x;
+    copy_codes(stage + slot.z, codes);
+    copy_codes(stage + slot.z + Config::kTile * Config::kCodeBytes,
+               codes + (view.v_codes - view.k_codes));
     if (slice < 2) {
-      const uint32_t norm = in_block * view.norm_token_stride + (slice == 0 ? field.z : field.w);
-      ptx::cp_async<4>(stage + Config::kTile * (2 * Config::kCodeBytes + 4 * slice) + 4 * row,
-                       block + norm);
+      ptx::cp_async<4>(stage + Config::kTile * 2 * Config::kCodeBytes +
+                           4 * (slice * Config::kTile + row),
+                       block + slot.y);
     }
   }
 };
 
 // [2/7] raw slice -> K tile, V tile and column scales of one buffer.
+//
+// Rejected: unpacking in small pieces between the HMMAs of P V, to use their free issue slots.  Both
+// warps of a scheduler then unpack at the same time and the tensor core waits: 315 instead of 331
+// TFLOPS (docs/tuning.md).
 template <typename Config>
 __device__ __forceinline__ void unpack_tile(uint32_t smem, int tile) {
   const unsigned thread = ptx::thread_idx_volatile();
   const int row = thread / Config::kThreadsPerToken;
-  const int slice = thread % Config::kThreadsPerToken;
   const uint2 range = ptx::ld_shared_v2(smem + Config::kPageInfo + offsetof(PageInfo, key_begin));
   const bool valid =
       static_cast<int>(range.x) + tile * Config::kTile + row < static_cast<int>(range.y);
   const uint32_t stage = smem + Config::kRaw + tile % Config::kStages * Config::kRawBytes;
   const uint32_t buffer = smem + Config::kBuffers + tile % 2 * Config::kBufferBytes;
-  const uint32_t codes = stage + row * Config::kCodeBytes + slice * Config::kSlice;
+  const uint2 slot = ptx::ld_shared_v2(smem + Config::kSlots + 16 * thread + 8);  // raw, tiles
   const uint32_t table = smem + Config::kTables;
 
   const auto read_words = [](uint32_t address, uint32_t (&w)[Config::kSliceWords]) {
@@ -207,17 +249,15 @@ __device__ __forceinline__ void unpack_tile(uint32_t smem, int tile) {
     return ByteTable{w.x, w.y, w.z, w.w};
   };
 
-  // Keys, in B-fragment order.  A slice lies inside one quarter of the head dimension.
-  constexpr int kSlicesPerQuarter = Config::kThreadsPerToken / 4;
-  const int quarter = slice / kSlicesPerQuarter;
-  const int first_word = slice % kSlicesPerQuarter * Config::kSliceWords;
+  // Keys, in B-fragment order.  Chunk c of a lane's quarter is chunk 0's address ^ (c << 4).
+  const uint32_t key = buffer + (slot.y & 0xffffu);
   uint32_t words[Config::kSliceWords];
-  read_words(codes, words);
+  read_words(stage + slot.x, words);
   if constexpr (Config::kInt8) {
     const ByteTable k8 = read_table(offsetof(CodebookTables, k_codes));
 #pragma unroll
     for (int i = 0; i < Config::kSliceWords; i += 2) {
-      const uint32_t dst = buffer + Config::Key::offset(row, quarter, (first_word + i) / 2);
+      const uint32_t dst = key ^ (i / 2 << 4);
       uint32_t x0, x1;
       unpack_int8(words[i], k8, x0, x1);
       if (i + 1 < Config::kSliceWords) {
@@ -235,8 +275,7 @@ __device__ __forceinline__ void unpack_tile(uint32_t smem, int tile) {
     for (int i = 0; i < Config::kSliceWords; ++i) {
       uint32_t x[4];
       unpack_fp16(words[i], high, low, x);
-      ptx::st_shared_v4(buffer + Config::Key::offset(row, quarter, first_word + i), x[0], x[1],
-                        x[2], x[3]);
+      ptx::st_shared_v4(key ^ (i << 4), x[0], x[1], x[2], x[3]);
     }
   }
 
@@ -245,23 +284,23 @@ __device__ __forceinline__ void unpack_tile(uint32_t smem, int tile) {
   const float v_unit = ptx::ld_shared_f32(table + offsetof(CodebookTables, v_unit));
   const float v_norm = valid ? ptx::ld_shared_f32(norms + 4 * Config::kTile) * v_unit : 0.f;
   const uint32_t v_norm2 = ptx::pack_f16x2(v_norm, v_norm);
-  read_words(codes + Config::kTile * Config::kCodeBytes, words);
+  const uint32_t value = buffer + Config::kKeyBytes + (slot.y >> 16);
+  read_words(stage + slot.x + Config::kTile * Config::kCodeBytes, words);
   const ByteTable high = read_table(offsetof(CodebookTables, v_high));
   const ByteTable low = read_table(offsetof(CodebookTables, v_low));
 #pragma unroll
   for (int i = 0; i < Config::kSliceWords; ++i) {
     uint32_t x[4];
     unpack_fp16(words[i], high, low, x);
-    // Thread-major chunk order: the 4 (or 8) threads of a token write neighbouring chunks, which
-    // keeps the stores free of conflicts.  The epilogue undoes it (value_dim).
-    ptx::st_shared_v4(buffer + Config::kKeyBytes +
-                          Config::Value::offset(row, i * Config::kThreadsPerToken + slice),
-                      ptx::mul_f16x2(x[0], v_norm2), ptx::mul_f16x2(x[1], v_norm2),
-                      ptx::mul_f16x2(x[2], v_norm2), ptx::mul_f16x2(x[3], v_norm2));
+    ptx::st_shared_v4(value ^ (i * Config::kThreadsPerToken << 4), ptx::mul_f16x2(x[0], v_norm2),
+                      ptx::mul_f16x2(x[1], v_norm2), ptx::mul_f16x2(x[2], v_norm2),
+                      ptx::mul_f16x2(x[3], v_norm2));
   }
 
-  if (slice == 0) {
-    const float k_norm = valid ? ptx::ld_shared_f32(norms) : 0.f;
+  if (thread % Config::kThreadsPerToken == 0) {
+    // Two mantissa bits fewer (2^-21 relative): kMagic = 3 * 2^22, so kMagic * norm is then exact
+    // and the subtraction inside the FMA leaves no error in the score.
+    const float k_norm = valid ? __uint_as_float(ptx::ld_shared_u32(norms) & ~3u) : 0.f;
     const uint32_t scales = buffer + Config::kKeyBytes + Config::kValueBytes + 8 * row;
     ptx::st_shared_v2(scales, __float_as_uint(k_norm), __float_as_uint(-kMagic * k_norm));
   }
@@ -351,16 +390,15 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
         largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[mt][j][2 * i]), fabsf(c[mt][j][2 * i + 1])));
       }
       largest = quad_max_nan(largest);
-      // One division a row: v * (127 / max) rounds like v / (max / 127) except within 1e-7 of a
-      // tie.  Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
+      // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
       float unit, inv;
       if constexpr (Config::kInt8) {
         unit = largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
-        inv = largest < 1e-30f ? 0.f : __fdiv_rn(127.f, largest) * sign;
+        inv = largest < 1e-30f ? 0.f : __frcp_rn(unit);
       } else {
         const float row_scale = fp16_row_scale(largest);  // a power of two
         unit = largest != largest ? largest : __fdiv_rn(1.f, row_scale);
-        inv = row_scale * sign;
+        inv = row_scale;
       }
       q.scale[2 * mt + i] = unit;
 #pragma unroll
@@ -374,13 +412,17 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
             uint32_t packed = 0;
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
-              const int code = max(-127, min(127, __float2int_rn(v[b] * inv)));
+              // v / unit, correctly rounded but for a few cases in a million: fp16 inputs hit
+              // exact ties, which a plain product with the reciprocal would break either way.
+              const float estimate = v[b] * inv;
+              const float quotient = fmaf(fmaf(-estimate, unit, v[b]), inv, estimate);
+              const int code = max(-127, min(127, __float2int_rn(quotient * sign)));
               packed |= static_cast<uint32_t>(code & 0xff) << (8 * b);
             }
             q.a[mt][s][2 * h + i] = packed;
           } else {
-            q.a[mt][2 * s + h][i] = ptx::pack_f16x2(v[0] * inv, v[1] * inv);
-            q.a[mt][2 * s + h][2 + i] = ptx::pack_f16x2(v[2] * inv, v[3] * inv);
+            q.a[mt][2 * s + h][i] = ptx::pack_f16x2(v[0] * inv * sign, v[1] * inv * sign);
+            q.a[mt][2 * s + h][2 + i] = ptx::pack_f16x2(v[2] * inv * sign, v[3] * inv * sign);
           }
         }
       }
@@ -840,17 +882,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                           p.k_centroids, p.v_centroids);
   }
   if (threadIdx.x == 0) {
-    const PageView& view = p.cache;
-    const int codes = kv_head * view.code_head_stride, norms = kv_head * view.norm_head_stride;
     *reinterpret_cast<TileInfo*>(shared + Config::kInfo) = info;
     *reinterpret_cast<PageInfo*>(shared + Config::kPageInfo) = {
         p.block_table + tile.seq * p.block_table_stride,
-        key_begin,
-        keys.end,
-        view.k_codes + codes,
-        view.v_codes + codes,
-        view.k_norms + norms,
-        view.v_norms + norms};
+        key_begin, keys.end};
   }
   if (threadIdx.x < Config::kRows) {
     reinterpret_cast<int*>(shared + Config::kRowTokens)[threadIdx.x] =
@@ -869,13 +904,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         min(info.num_keys, pos_first + min(window_or_max(p.window_right), kMaxWindow - 1) + 1));
   }
 
+  const PageLoader<Config> loader{smem, copy_bytes, block_shift};
+  loader.write_slot(p.cache, kv_head);
   __syncthreads();  // tables, infos and row tokens are written
 
   // The first tiles travel while q is rotated.
-  PageLoader<Config> loader{smem, copy_bytes, block_shift};
   if (threadIdx.x % Config::kThreadsPerToken == 2) {
 #pragma unroll
-    for (int i = 0; i < Config::kStages; ++i) loader.copy_page_id(i, p.cache);
+    for (int i = 0; i < Config::kStages; ++i) {
+      loader.copy_page_id(i, threadIdx.x / Config::kThreadsPerToken, p.cache);
+    }
   }
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
@@ -927,6 +965,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     // the V norm and the page id come from neighbouring lanes.
     ptx::cp_async_wait<Config::kStages - 1>();
     __syncwarp();
+
     const bool unpack_first = warp < Config::kWarps / 2;
     if (unpack_first && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
 
