@@ -10,3 +10,4 @@
 
 #include "kernels/decode.h"
 #include "kernels/prefill.h"
+#include "kernels/store.h"

@@ -175,16 +175,19 @@ def test_cell_table_recognises_boundaries_it_cannot_serve(host_maps, spoil):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_fragment_maps_are_bijections_with_common_blocks(host_maps, head_dim):
-    entries = np.array(host_maps.fragment_map(head_dim))
-    assert sorted(entries[:, 4]) == sorted(entries[:, 5]) == list(range(head_dim))
-    for block in range(head_dim // 16):
-        mine = entries[entries[:, 0] == block]
-        assert set(mine[:, 4]) == set(mine[:, 5]) and len(mine) == 16
-    # A pair shares a code byte: neighbouring dims, the even one first.
-    for column in (4, 5):
-        pairs = entries[:, column].reshape(-1, 2)
+def test_fragment_maps_are_bijections_with_common_groups(host_maps, head_dim):
+    inputs, codes, outputs = map(np.array, host_maps.fragment_map(head_dim))
+    for dims in (inputs, codes, outputs):
+        assert sorted(dims.flatten()) == list(range(head_dim))
+        # A pair shares a code byte or a word of output: neighbouring dims, the even one first.
+        pairs = dims.reshape(-1, 2)
         assert (pairs[:, 0] % 2 == 0).all() and (pairs[:, 1] == pairs[:, 0] + 1).all()
+    for group in range(head_dim // 32):
+        assert set(inputs[2 * group : 2 * group + 2].flat) == set(codes[4 * group : 4 * group + 4].flat)
+    # The words of codes that a lane accumulates are consecutive bytes of its quarter.
+    for t in range(4):
+        mine = codes[:, 2 * t : 2 * t + 2].flatten()
+        assert mine.tolist() == list(range(t * head_dim // 4, (t + 1) * head_dim // 4))
 
 
 # ---- swizzles ---------------------------------------------------------------------------------

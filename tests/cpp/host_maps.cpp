@@ -88,19 +88,25 @@ std::tuple<int, int, std::vector<std::vector<std::vector<int>>>> key_tile(int he
   });
 }
 
-// [(block, high, t, odd, dim by the chunk map, dim by the quarter map)]
-std::vector<std::array<int, 6>> fragment_map(int head_dim) {
+// Dims behind the fragment elements of store and gather: (inputs [step][16], codes [tile][8],
+// outputs [tile][8]); within a fragment the order is (high, t, odd) or (t, odd).
+std::tuple<std::vector<std::vector<int>>, std::vector<std::vector<int>>, std::vector<std::vector<int>>>
+fragment_map(int head_dim) {
   return with_head_dim(head_dim, [](auto d) {
     using Map = tq4::FragmentMap<d>;
-    std::vector<std::array<int, 6>> entries;
-    for (int block = 0; block < Map::kBlocks; ++block) {
+    std::vector<std::vector<int>> inputs(Map::kSteps), codes(Map::kTiles), outputs(Map::kTiles);
+    for (int step = 0; step < Map::kSteps; ++step) {
       for (int i = 0; i < 16; ++i) {
-        const int high = i >> 3, t = i >> 1 & 3, odd = i & 1;
-        entries.push_back({block, high, t, odd, Map::chunk_dim(block, high, t, odd),
-                           Map::quarter_dim(block, high, t, odd)});
+        inputs[step].push_back(Map::input_dim(step, i >> 3, i >> 1 & 3, i & 1));
       }
     }
-    return entries;
+    for (int tile = 0; tile < Map::kTiles; ++tile) {
+      for (int i = 0; i < 8; ++i) {
+        codes[tile].push_back(Map::code_dim(tile, i >> 1, i & 1));
+        outputs[tile].push_back(Map::output_dim(tile, i >> 1, i & 1));
+      }
+    }
+    return std::make_tuple(inputs, codes, outputs);
   });
 }
 

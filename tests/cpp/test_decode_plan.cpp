@@ -91,10 +91,13 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   p.int8 = int8;
   p.arch = arch;
   p.num_sms = 132;
-  const tq4::DecodePlan plan = tq4::make_decode_plan(p);
+  const tq4::DecodePlan plan = tq4::make_decode_plan(p, arch == 90);
+  const int octets = tq4::decode_octets(plan.mode);
+  CHECK(!plan.bulk || (arch == 90 && plan.copy.width == 16));
+  CHECK(plan.bulk || plan.wide);
   CHECK(plan.group == group && plan.max_rows == group * max_query_len);
   CHECK(plan.heads_per_chunk * plan.num_chunks == view.num_kv_heads);
-  CHECK(plan.row_groups * 8 * plan.octets >= plan.max_rows);
+  CHECK(plan.row_groups * 8 * octets >= plan.max_rows);
   CHECK(plan.teams >= 1 && plan.slots * plan.teams <= plan.warps);
   CHECK(plan.num_stages >= 2 && plan.smem_bytes <= tq4::decode_smem_limit(arch));
   CHECK(plan.tiles_per_block * tq4::kTileTokens == view.block_size);

@@ -3,7 +3,6 @@
 #include <cstring>
 #include <limits>
 #include <set>
-#include <vector>
 
 #include "check.h"
 #include "device/cell_table.cuh"
@@ -15,34 +14,38 @@ namespace {
 template <int D>
 void check_fragment_map() {
   using Map = tq4::FragmentMap<D>;
-  std::set<int> chunk_dims, quarter_dims;
-  for (int block = 0; block < Map::kBlocks; ++block) {
-    std::set<int> chunk_block, quarter_block;
+  std::set<int> inputs, codes, outputs;
+  for (int step = 0; step < Map::kSteps; ++step) {
     for (int high = 0; high < 2; ++high) {
       for (int t = 0; t < 4; ++t) {
-        for (int odd = 0; odd < 2; ++odd) {
-          const int chunk = Map::chunk_dim(block, high, t, odd);
-          const int quarter = Map::quarter_dim(block, high, t, odd);
-          CHECK(chunk_dims.insert(chunk).second && chunk >= 0 && chunk < D);
-          CHECK(quarter_dims.insert(quarter).second && quarter >= 0 && quarter < D);
-          chunk_block.insert(chunk);
-          quarter_block.insert(quarter);
-          CHECK(chunk == Map::chunk_begin(Map::chunk(block, high), t) +
-                             2 * Map::chunk_pair(block, high) + odd);
-          CHECK(quarter / (D / 4) == t);
-        }
+        for (int odd = 0; odd < 2; ++odd) CHECK(inputs.insert(Map::input_dim(step, high, t, odd)).second);
       }
     }
-    CHECK(chunk_block == quarter_block);  // both fast paths rest on this
   }
-  CHECK(chunk_dims.size() == D && quarter_dims.size() == D);
-  for (int word = 0; word < D / 32; ++word) {
-    for (int byte = 0; byte < 4; ++byte) {
-      for (int t = 0; t < 4; ++t) {
-        CHECK(Map::quarter_dim(Map::word_block(word, byte), Map::word_high(word, byte), t, 0) ==
-              t * (D / 4) + 8 * word + 2 * byte);
+  for (int tile = 0; tile < Map::kTiles; ++tile) {
+    for (int t = 0; t < 4; ++t) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const int code = Map::code_dim(tile, t, odd), output = Map::output_dim(tile, t, odd);
+        CHECK(codes.insert(code).second && outputs.insert(output).second);
+        CHECK(code / Map::kQuarter == t && code % 2 == odd);  // a lane owns its quarter's code bytes
+        CHECK(output % 2 == odd && output % 32 / 8 == t);     // and chunk t of each 64 bytes
       }
     }
+  }
+  for (const std::set<int>& dims : {inputs, codes, outputs}) {
+    CHECK(dims.size() == D && *dims.begin() == 0 && *dims.rbegin() == D - 1);
+  }
+  // A group of 32 dims is the same set on both sides of store: both of its shortcuts rest on this.
+  for (int group = 0; group < Map::kGroups; ++group) {
+    std::set<int> input_group, code_group;
+    for (int i = 0; i < 16; ++i) {
+      const int high = i >> 3, t = i >> 1 & 3, odd = i & 1;
+      for (int s = 0; s < 2; ++s) input_group.insert(Map::input_dim(2 * group + s, high, t, odd));
+    }
+    for (int tile = 4 * group; tile < 4 * group + 4; ++tile) {
+      for (int i = 0; i < 8; ++i) code_group.insert(Map::code_dim(tile, i >> 1, i & 1));
+    }
+    CHECK(input_group.size() == 32 && input_group == code_group);
   }
 }
 
@@ -132,11 +135,12 @@ void check_merges() {
 void check_divider() {
   tq4::test::Random random(8);
   for (int round = 0; round < 20000; ++round) {
-    const uint32_t divisor = round < 300 ? round + 1 : random.next() % ((1u << 24) - 1) + 1;
+    const uint32_t wide = static_cast<uint32_t>(random.next() >> random.range(32, 63));
+    const uint32_t divisor = round < 300 ? round + 1 : wide == 0 ? 0xffffffffu : wide;
     const tq4::Divider divider = tq4::Divider::make(divisor);
-    const uint64_t near = random.next() % (uint64_t{1} << 40) / divisor * divisor;
-    for (const uint64_t n : {near, near + divisor - 1, near == 0 ? 0 : near - 1}) {
-      if (n < uint64_t{1} << 40) CHECK(divider.quotient(n) == n / divisor);
+    const uint32_t near = static_cast<uint32_t>(random.next()) / divisor * divisor;
+    for (const uint32_t n : {near, near + divisor - 1, near - 1, 0u, 0xffffffffu}) {
+      CHECK(divider.quotient(n) == n / divisor);
     }
   }
   for (int i = 0; i < 8; ++i) {
