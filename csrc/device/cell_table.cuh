@@ -7,9 +7,9 @@
 // most one step, and a step function is the floor of a line: with z the position in cells and
 // 0 < slope < 1,
 //     floor(base + 1 + slope (z - T))  =  base  for z < T,  base + 1  for z >= T
-// because |z - T| < 1 inside the cell; in a cell without a boundary floor(base + 1/2 + slope (z - c)),
-// c the cell's middle, is base.  So a lane needs one number a cell, `intercept`, and all cells share
-// the slope:
+// because |z - T| < 1 inside the cell; in a cell without a boundary floor(base + 1/2 + slope (z -
+// c)), c the cell's middle, is base.  So a lane needs one number a cell, `intercept`, and all cells
+// share the slope:
 //     u = saturate(y * scale + bias)             FFMA.SAT   position in [0, 1], 0.5 = middle
 //     c = 2^23 + 30 u, rounded to an integer     FFMA       cell number in the low 5 bits
 //     e = intercept[c]                           SHFL       lane c holds cell c's
@@ -22,8 +22,8 @@
 // the 1e-5 that the format allows around a boundary.  y equal to a boundary is not above it: the
 // intercept is lowered by one unit in the last place of r.
 //
-// Codebooks whose boundaries are too close for 29 cells, or not finite, or out of order (callers may
-// pass anything), are recognised by `exact` = false and take the plain count.
+// Codebooks whose boundaries are too close for 29 cells, or not finite, or out of order (callers
+// may pass anything), are recognised by `exact` = false and take the plain count.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -41,13 +41,13 @@ inline constexpr float kCellStep = kCellSlope * kCellSpan;  // of r for u from 0
 inline constexpr float kWidestCell = 0.1f;
 
 struct CellAxis {
-  float bias;    // u at y = 0
-  float scale;   // u per y
+  float bias;   // u at y = 0
+  float scale;  // u per y
   bool valid;
 };
 
-// `boundaries` [15] ascending.  The first boundary lies in the middle of cell 1, the last in that of
-// cell 29, so y beyond them falls into cells without a boundary even after clamping.
+// `boundaries` [15] ascending.  The first boundary lies in the middle of cell 1, the last in that
+// of cell 29, so y beyond them falls into cells without a boundary even after clamping.
 TQ4_HOST_DEVICE CellAxis make_cell_axis(const float* boundaries) {
   const float first = boundaries[0], last = boundaries[14];
   const float cell = (last - first) / (kCellSpan - 2.f);

@@ -8,14 +8,14 @@
 //   store   k        step 2 group + s: quarters 2s and 2s + 1 of the group: two chunks of 16 bytes,
 //                    which is what ldmatrix wants
 //   both    codes    lane t of a row's four lanes owns quarter t.  As columns of store, tile
-//                    4 group + e/2: the lane accumulates whole words of codes, D/8 consecutive bytes,
-//                    without shuffles.  As k of gather, step = tile / 2.
+//                    4 group + e/2: the lane accumulates whole words of codes, D/8 consecutive
+//                    bytes, without shuffles.  As k of gather, step = tile / 2.
 //   gather  columns  tile 4 c + e/2: lane t owns chunk t of each 64 bytes of fp16 output
 //
 // In store a group of 32 dims (the same e and all quarters) is the same set of dims on both sides.
 // That is what makes two shortcuts possible: the identity is block diagonal over groups, and a
-// Hadamard matrix factors into H_32 inside groups and H_(D/32) across groups, which are registers of
-// one lane.
+// Hadamard matrix factors into H_32 inside groups and H_(D/32) across groups, which are registers
+// of one lane.
 #pragma once
 #include <cstdint>
 

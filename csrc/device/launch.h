@@ -30,8 +30,8 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 struct DeviceProperties {
   int num_sms;
-  int arch;             // major * 10 + minor
-  int max_smem_bytes;   // per CTA, after opt-in
+  int arch;            // major * 10 + minor
+  int max_smem_bytes;  // per CTA, after opt-in
 };
 
 inline int current_device() {

@@ -36,8 +36,8 @@ __device__ __forceinline__ RotationScan scan_rotation(const float* __restrict__ 
   const uint32_t corner = quads[0].x & kMagnitude;
   const uint4 top = quads[column];  // row 0 of H is all ones: the signs
   uint32_t largest = 0;
-  uint32_t difference = ((top.x ^ corner) | (top.y ^ corner) | (top.z ^ corner) | (top.w ^ corner)) &
-                        kMagnitude;
+  uint32_t difference =
+      ((top.x ^ corner) | (top.y ^ corner) | (top.z ^ corner) | (top.w ^ corner)) & kMagnitude;
 #pragma unroll 8
   for (uint32_t q = threadIdx.x; q < D * kQuads; q += blockDim.x) {
     const uint4 v = quads[q];
@@ -93,8 +93,8 @@ struct RotationFragments {
 
 // Fills the fragments of column tiles first_tile .. first_tile + kTiles - 1 with the whole CTA.
 // kStore: x @ R^T, B[k][n] = R[n][k]; else x @ R, B[k][n] = R[k][n]; dims as in fragment_map.cuh.
-// Returns whether this thread wrote a low part that is not zero.  Callers put barriers between it and
-// the readers before and after.
+// Returns whether this thread wrote a low part that is not zero.  Callers put barriers between it
+// and the readers before and after.
 template <int D, int kTiles, bool kStore>
 __device__ __forceinline__ bool fill_rotation_fragments(RotationFragments<D, kTiles>& fragments,
                                                         const float* __restrict__ rotation,
@@ -113,7 +113,8 @@ __device__ __forceinline__ bool fill_rotation_fragments(RotationFragments<D, kTi
       float2 pair;
       if constexpr (kStore) {
         const int row = Map::code_dim(first_tile + tile, g / 2, g % 2);
-        pair = *reinterpret_cast<const float2*>(rotation + row * D + Map::input_dim(step, high, t, 0));
+        pair =
+            *reinterpret_cast<const float2*>(rotation + row * D + Map::input_dim(step, high, t, 0));
       } else {
         const int column = Map::output_dim(first_tile + tile, g / 2, g % 2);
         const float* entry = rotation + Map::code_dim(2 * step + high, t, 0) * D + column;

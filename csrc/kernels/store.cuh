@@ -1,7 +1,7 @@
 // The kernel of store and compress: x [rows, D] -> codes and norms.  sm_80 and up.
 //
-// Per row (one token, one KV head):  n = |x|,  y = R x / (n + 1e-10),  index_i = number of boundaries
-// below y_i, two indices a byte.
+// Per row (one token, one KV head):  n = |x|,  y = R x / (n + 1e-10),  index_i = number of
+// boundaries below y_i, two indices a byte.
 //
 // A warp takes tiles of 16 rows, grid-strided, and shares nothing with other warps but tables:
 //
@@ -9,17 +9,18 @@
 //   16 x D                   in shared            x R^T        y n, fp32          16 x D/2 bytes
 //
 // fragment_map.cuh chooses which dim is which fragment element, so that a lane accumulates D/4
-// consecutive dims of two rows, that is D/8 consecutive bytes of codes each: no shuffles.  A tile has
-// one buffer: once the products have consumed it, the next tile is fetched behind the quantiser,
-// which takes most of the time.
+// consecutive dims of two rows, that is D/8 consecutive bytes of codes each: no shuffles.  A tile
+// has one buffer: once the products have consumed it, the next tile is fetched behind the
+// quantiser, which takes most of the time.
 //
 // The rotation is recognised by its entries (rotation_fragments.cuh) and taken one of three ways:
 //   none      block-diagonal identity: the products only move x into place
-//   Hadamard  H_D = H_32 (x) H_(D/32): two k16 steps a group of 32 dims, with the matrix' column signs
+//   Hadamard  H_D = H_32 (x) H_(D/32): two k16 steps a group of 32 dims, with the matrix' column
+//   signs
 //             applied to x, then butterflies over the groups, which all lie in one lane's registers
 //   general   all D/16 k16 steps against R = high + low in fp16 (error 2^-22 of the largest entry)
-// For D = 128 and a tile that is 32 or 256 HMMA.  A dense product for every rotation would spend 12 of
-// the 18 cycles that HBM leaves a warp for 32 values (H200) on the tensor cores alone.
+// For D = 128 and a tile that is 32 or 256 HMMA.  A dense product for every rotation would spend 12
+// of the 18 cycles that HBM leaves a warp for 32 values (H200) on the tensor cores alone.
 //
 // Quantising, per value: FFMA.SAT, FFMA, SHFL, FFMA and 11/8 of packing (cell_table.cuh).
 //
@@ -38,10 +39,10 @@
 #include "../layout.h"
 #include "../params.h"
 #include "../ptx/arith.cuh"
-#include "../ptx/quantise.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/mma_bf16.cuh"
+#include "../ptx/quantise.cuh"
 #include "../ptx/smem.cuh"
 
 namespace tq4 {
@@ -58,11 +59,12 @@ struct EncodeSide {
 };
 
 // Row (token, head) goes to slot = slot_mapping[token], that is block slot / block_size:
-//   codes  side.codes + block * code_block_stride + slot % block_size * code_token_stride + head * ...
+//   codes  side.codes + block * code_block_stride + slot % block_size * code_token_stride + head *
+//   ...
 // Dense arrays are blocks of one token and no slot_mapping.
 struct EncodeParams {
   EncodeSide sides[2];
-  const int64_t* slot_mapping;  // [tokens], negative = skip; null: slot = token
+  const int64_t* slot_mapping;                   // [tokens], negative = skip; null: slot = token
   int64_t code_block_stride, norm_block_stride;  // bytes
   int32_t code_token_stride, norm_token_stride;  // bytes; offsets inside a block fit in 32 bits
   int32_t code_head_stride, norm_head_stride;
@@ -102,8 +104,8 @@ using Accumulators = float[C::Map::kPassGroups][4][4];
 
 // ---- Input.
 
-// A value that all lanes hold alike, told to the compiler: branches on it need no divergent copies of
-// the shuffles behind them.
+// A value that all lanes hold alike, told to the compiler: branches on it need no divergent copies
+// of the shuffles behind them.
 __device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
 
 // Row of a tile whose addresses this lane works out: g for even t, g + 8 for odd t.  The other
@@ -127,9 +129,8 @@ struct RowTarget {
 
 // Starts the loads of a tile: x to shared memory, four lanes a row, and the own row's slot.
 template <class C>
-__device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target,
-                                          const EncodeParams& p, const EncodeSide& side,
-                                          int tile_idx) {
+__device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, const EncodeParams& p,
+                                          const EncodeSide& side, int tile_idx) {
   constexpr int kChunks = C::kHeadDim * C::kElementBytes / 64;
   const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
   const int row = tile_idx * 16 + own_row();
@@ -191,9 +192,8 @@ __device__ __forceinline__ void load_fragment(PairFragment<C>& a, uint32_t s_til
     const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint2 pair =
-          ptx::ld_shared_v2(s_tile + (g + i % 2 * 8) * C::kRowBytes +
-                            C::Map::input_dim(step, i / 2, t, 0) * C::kElementBytes);
+      const uint2 pair = ptx::ld_shared_v2(s_tile + (g + i % 2 * 8) * C::kRowBytes +
+                                           C::Map::input_dim(step, i / 2, t, 0) * C::kElementBytes);
       a.v[i] = {__uint_as_float(pair.x), __uint_as_float(pair.y)};
     }
   } else {
@@ -324,8 +324,8 @@ __device__ __forceinline__ void fill_group_tables(GroupTables& tables, const flo
   for (int i = threadIdx.x; i < Map::kSteps * 4 * 2; i += blockDim.x) {
     uint32_t flips = 0;
     if (rotation != nullptr) {  // row 0 holds the column signs
-      const uint2 pair = *reinterpret_cast<const uint2*>(
-          rotation + Map::input_dim(i / 8, i % 2, i / 2 % 4, 0));
+      const uint2 pair =
+          *reinterpret_cast<const uint2*>(rotation + Map::input_dim(i / 8, i % 2, i / 2 % 4, 0));
       flips = (pair.x >> 16 & 0x8000u) | (pair.y & 0x80000000u);
     }
     reinterpret_cast<uint32_t*>(tables.signs)[i] = flips;
@@ -383,8 +383,8 @@ __device__ __forceinline__ void butterflies(Accumulators<C>& acc) {
 
 // ---- General: all k16 steps against R's fragments.
 
-// Power of two that brings a row of norm n to about 2^14, so that its fp16 parts keep their precision.
-// fp16 rows need none.
+// Power of two that brings a row of norm n to about 2^14, so that its fp16 parts keep their
+// precision. fp16 rows need none.
 template <class C>
 __device__ __forceinline__ float general_row_scale(float norm) {
   if constexpr (std::is_same_v<typename C::Element, __half>) return 1.f;
@@ -413,14 +413,13 @@ __device__ __forceinline__ void load_fp16_fragments(uint32_t (&a)[C::kSplits][4]
   }
 }
 
-// acc = x R^T for the columns of one pass.  s_rotation holds R's fragments already unless they come in
-// several slices; those are filled here, and all warps of the CTA must take part.
+// acc = x R^T for the columns of one pass.  s_rotation holds R's fragments already unless they come
+// in several slices; those are filled here, and all warps of the CTA must take part.
 template <class C>
 __device__ __forceinline__ void multiply_general(Accumulators<C>& acc, uint32_t s_tile,
                                                  typename C::Rotation& s_rotation,
-                                                 const float* rotation,
-                                                 float rotation_scale, const float (&row_scale)[2],
-                                                 int pass) {
+                                                 const float* rotation, float rotation_scale,
+                                                 const float (&row_scale)[2], int pass) {
   using Map = typename C::Map;
   constexpr int kPassSlices = C::kSlices == 1 ? 1 : C::kSlices / Map::kPasses;
   constexpr int kSliceGroups = Map::kPassGroups / kPassSlices;
@@ -447,8 +446,8 @@ __device__ __forceinline__ void multiply_general(Accumulators<C>& acc, uint32_t 
         for (int pair = 0; pair < 2; ++pair) {
           const uint4 high = s_rotation.high[group * 2 + pair][step][lane];
           const uint4 low = s_rotation.low[group * 2 + pair][step][lane];
-          float(&even)[4] = acc[slice * kSliceGroups + group][2 * pair];
-          float(&odd)[4] = acc[slice * kSliceGroups + group][2 * pair + 1];
+          float (&even)[4] = acc[slice * kSliceGroups + group][2 * pair];
+          float (&odd)[4] = acc[slice * kSliceGroups + group][2 * pair + 1];
           ptx::mma_m16n8k16_f16f16f32(even, a[0], high.x, high.y);
           ptx::mma_m16n8k16_f16f16f32(odd, a[0], high.z, high.w);
           ptx::mma_m16n8k16_f16f16f32(even, a[0], low.x, low.y);
@@ -505,10 +504,9 @@ __device__ __forceinline__ void quantise(Accumulators<C>& acc, const float (&sca
         uint32_t bytes[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          bytes[j] = merge_nibbles(cell_line(acc[w][j][2 * r], scale, quantiser.axis.bias,
-                                             quantiser.even_intercept),
-                                   cell_line(acc[w][j][2 * r + 1], scale, quantiser.axis.bias,
-                                             quantiser.odd_intercept));
+          bytes[j] = merge_nibbles(
+              cell_line(acc[w][j][2 * r], scale, quantiser.axis.bias, quantiser.even_intercept),
+              cell_line(acc[w][j][2 * r + 1], scale, quantiser.axis.bias, quantiser.odd_intercept));
         }
         words[r][w] = merge_bytes(bytes[0], bytes[1], bytes[2], bytes[3]);
       }
@@ -517,7 +515,8 @@ __device__ __forceinline__ void quantise(Accumulators<C>& acc, const float (&sca
   }
   // The definition itself: a nibble counts the boundaries below y; 15 cannot overflow it.
 #pragma unroll
-  for (int i = 0; i < 16 * Map::kPassGroups; ++i) acc[i / 16][i / 4 % 4][i % 4] *= scales[i / 2 % 2];
+  for (int i = 0; i < 16 * Map::kPassGroups; ++i)
+    acc[i / 16][i / 4 % 4][i % 4] *= scales[i / 2 % 2];
 #pragma unroll
   for (int i = 0; i < 2 * Map::kPassGroups; ++i) words[i % 2][i / 2] = 0;
 #pragma unroll 1
@@ -581,9 +580,9 @@ __device__ __forceinline__ RowPointers find_pointers(const EncodeParams& p, cons
   RowPointers row;
   row.codes = side.codes + block * p.code_block_stride +
               (offset * p.code_token_stride + target.head * p.code_head_stride);
-  row.norm = reinterpret_cast<float*>(
-      side.norms + block * p.norm_block_stride +
-      (offset * p.norm_token_stride + target.head * p.norm_head_stride));
+  row.norm =
+      reinterpret_cast<float*>(side.norms + block * p.norm_block_stride +
+                               (offset * p.norm_token_stride + target.head * p.norm_head_stride));
   if (target.slot < 0) row.codes = nullptr;
   return row;
 }
@@ -607,8 +606,8 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   const int cta = blockIdx.x / p.num_sides, num_ctas = gridDim.x / p.num_sides;
   const int num_tiles = (p.num_rows - 1) / 16 + 1, tile_stride = num_ctas * num_warps;
   const bool any_rotation = p.sides[0].rotation != nullptr || p.sides[1].rotation != nullptr;
-  const uint32_t s_tile = ptx::smem_address(s_dynamic) + (any_rotation ? sizeof(typename C::Rotation) : 0) +
-                          warp * C::kTileBytes;
+  const uint32_t s_tile = ptx::smem_address(s_dynamic) +
+                          (any_rotation ? sizeof(typename C::Rotation) : 0) + warp * C::kTileBytes;
   // CTAs first: a few tiles spread over all SMs, and the last round's over all SMs too.
   int tile_idx = warp * num_ctas + cta;
 
