@@ -21,13 +21,15 @@
 // consumers meet to merge their teams (decode_merge.cuh); the producer runs ahead into the next
 // segment meanwhile.
 //
-// Shared memory: pair table (64 KB) | barriers, scratch | merge exchange | stages
+// Shared memory: pair table (32 KB; fp16 mode two) | barriers, scratch | merge exchange | stages
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../params.h"
+#include "../ptx/dynamic_smem.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/register_pool.cuh"
@@ -158,7 +160,7 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
                                           const DecodeSegment& segment, int kv_head, int first_row,
                                           float key_unit, DecodeRows<Config>& rows) {
   constexpr int D = Config::D;
-  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int g = threadIdx.x % kWarpSize / 4;
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
   const auto* scales = reinterpret_cast<const float*>(workspace + plan.query_scale);
 #pragma unroll
@@ -172,27 +174,17 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
     if (i < Config::kOctets) {
       rows.scale[i] = exists ? scales[index] * key_unit : 0.f;
     }
-    if constexpr (Config::kInt8) {
-      const bool residual = Config::kResidual && i == 1;
-      const auto* codes = workspace + (residual ? plan.query_residual : plan.query_codes) + index * D;
+    const int64_t codes = Config::kResidual && i == 1 ? plan.query_residual : plan.query_codes;
+    rows.source[i] = exists ? workspace + codes + index * (Config::kInt8 ? D : 2 * D) : nullptr;
+  }
+  if constexpr (Config::kHoldsQuery) {
+    constexpr int kStep = Config::kInt8 ? 1 : 2;
 #pragma unroll
-      for (int k = 0; k < Config::kKeySteps; ++k) {
-        uint2 w = make_uint2(0, 0);
-        if (exists) w = *reinterpret_cast<const uint2*>(codes + Config::Map::key_dim(t, k));
-        rows.q[k][i] = w.x;
-        rows.q[k][2 + i] = w.y;
-      }
-    } else {
-      const auto* codes = workspace + (i == 1 ? plan.query_residual : plan.query_codes) + index * D * 2;
+    for (int k = 0; k < Config::kKeySteps; k += kStep) {
+      uint32_t a[kStep][4];
+      rows.load(k, a);
 #pragma unroll
-      for (int k = 0; k < Config::kKeySteps; k += 2) {
-        uint4 w = make_uint4(0, 0, 0, 0);
-        if (exists) w = *reinterpret_cast<const uint4*>(codes + 2 * Config::Map::key_dim(t, k / 2));
-        rows.q[k][i] = w.x;
-        rows.q[k][2 + i] = w.y;
-        rows.q[k + 1][i] = w.z;
-        rows.q[k + 1][2 + i] = w.w;
-      }
+      for (int i = 0; i < kStep * 4; ++i) rows.q[k + i / 4][i % 4] = pinned(a[i / 4][i % 4]);
     }
   }
 }
@@ -201,8 +193,8 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
 template <typename Config>
 __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, const DecodePlan& plan,
                                                    const DecodeSegment& segment, int first_row,
-                                                   int tile, uint32_t tokens) {
-  const int g = threadIdx.x % kWarpSize / 4;
+                                                   int tile) {
+  const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
   uint32_t hidden = 0;
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
@@ -212,7 +204,7 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
     const int first_key = position - window_or_max(p.window_left);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int key = tile * kTileTokens + static_cast<int>(tokens >> (8 * c) & 255);
+      const int key = tile * kTileTokens + plan.token_map.token(c / 2, 2 * t + c % 2);
       if (key < first_key || key >= end || key >= segment.num_keys) hidden |= 1u << (4 * i + c);
     }
   }
@@ -221,12 +213,12 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
 
 // [4/6] One tile.  The stage is given back as soon as its last bytes are in registers.
 template <typename Config, typename Hidden>
-__device__ __forceinline__ void consume_tile(uint32_t stage, uint32_t empty, uint32_t table,
-                                             const LaneOffsets& at, const ByteTable& key_codes,
+__device__ __forceinline__ void consume_tile(uint32_t stage, uint32_t empty, uint32_t lane_table,
+                                             const LaneOffsets& at, const KeyCodes& key_codes,
                                              const DecodeRows<Config>& rows, float cap_log2e,
                                              Hidden&& hidden_of_tile, DecodeState<Config>& state) {
   float s[Config::kOctets][4];
-  compute_scores<Config>(stage, table, at, key_codes, rows, s);
+  compute_scores<Config>(stage, lane_table, at, key_codes, rows, s);
 
   float key_norm[4], value_norm[4];
 #pragma unroll
@@ -244,30 +236,39 @@ __device__ __forceinline__ void consume_tile(uint32_t stage, uint32_t empty, uin
 
   uint32_t weights[Config::kOctets][2];
   update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state, weights);
-  accumulate_values<Config>(table, words, weights, state);
+  accumulate_values<Config>(lane_table, words, weights, state);
 }
 
-// A consumer warp's place in the CTA.
-struct ConsumerPlace {
-  TeamPlace team;
-  int head;       // of the chunk
-  int first_row;  // of the KV head's rows
-};
+// A copy of an object in shared memory that the compiler cannot know from before.
+template <typename T>
+__device__ __forceinline__ T reload(const T& object) {
+  static_assert(sizeof(T) % 4 == 0, "in words");
+  uint32_t words[sizeof(T) / 4];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) {
+    words[i] = ptx::ld_shared_u32(ptx::smem_address(&object) + 4 * i);
+  }
+  T copy;
+  memcpy(&copy, words, sizeof(T));
+  return copy;
+}
 
 // [5/6] One segment: its tiles, team by team.
 template <typename Config>
 __device__ __forceinline__ void consume_segment(const AttentionParams& p, const DecodePlan& plan,
-                                                const DecodeSegment& segment, const ConsumerPlace& place,
-                                                uint32_t table, uint32_t barriers, uint32_t stages,
-                                                const LaneOffsets& at, const ByteTable& key_codes,
-                                                float key_unit, RingPosition ring,
+                                                const WarpScratch& scratch, uint32_t lane_table,
+                                                uint32_t barriers, uint32_t stages,
+                                                const LaneOffsets& at, const KeyCodes& key_codes,
                                                 DecodeState<Config>& state) {
   const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
   const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
+  const DecodeSegment segment = reload(scratch.segment);
+  const ConsumerPlace place = reload(scratch.place);
+  RingPosition ring = reload(scratch.ring);
   const bool has_rows = place.first_row < segment.num_queries * plan.group;
   DecodeRows<Config> rows;
   load_rows<Config>(p, plan, segment, segment.chunk * plan.heads_per_chunk + place.head,
-                    place.first_row, key_unit, rows);
+                    place.first_row, place.key_unit, rows);
   const float cap_log2e = p.softcap * 1.4426950408889634f;
   // Tiles [full_begin, full_end) are seen whole by every row: no mask.
   const int first_position = segment.num_keys - segment.num_queries;
@@ -278,18 +279,20 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
       ceil_div(max(0, segment.num_keys - 1 - window_or_max(p.window_left)), kTileTokens);
 
   state.clear();
-  ring.advance(place.team.team, plan.num_stages);
+  ring.advance(place.team, plan.num_stages);
   const int tile_end = segment.tile_end;
 #pragma unroll 1
-  for (int tile = segment.tile_begin + place.team.team; tile < tile_end; tile += plan.teams) {
+  for (int tile = segment.tile_begin + place.team; tile < tile_end; tile += plan.teams) {
     ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);  // the tile has landed
     if (has_rows) {
       consume_tile<Config>(
-          stages + ring.stage * plan.copy.stage_bytes, empty + 8 * ring.stage, table, at, key_codes,
+          stages + ring.stage * plan.copy.stage_bytes, empty + 8 * ring.stage, lane_table, at,
+          key_codes,
           rows, cap_log2e,
           [&]() -> uint32_t {
             if (tile >= full_begin && tile < full_end) return 0;
-            return hidden_columns<Config>(p, plan, segment, place.first_row, tile, at.tokens);
+            return hidden_columns<Config>(p, plan, reload(scratch.segment),
+                                          reload(scratch.place.first_row), tile);
           },
           state);
     } else if (threadIdx.x % kWarpSize == 0) {
@@ -299,65 +302,78 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   }
 }
 
+// [6/6] The teams' results become one, which goes to the workspace.
+template <typename Config>
+__device__ __forceinline__ void finish_segment(const AttentionParams& p, const DecodePlan& plan,
+                                               WarpScratch& scratch, uint32_t exchange,
+                                               DecodeState<Config>& state) {
+  const ConsumerPlace place = reload(scratch.place);
+  merge_teams<Config>({place.team, place.slot, plan.teams, plan.slots, exchange}, state);
+  const DecodeSegment segment = reload(scratch.segment);
+  const int count = min(segment.num_queries * plan.group, plan.max_rows) - place.first_row;
+  if (place.team == 0 && count > 0) {
+    const int64_t unit = static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk;
+    const int64_t first = ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.max_rows +
+                          place.first_row;
+    auto* workspace = static_cast<uint8_t*>(p.workspace);
+    write_partial<Config>(reinterpret_cast<float2*>(workspace + plan.partial_stats),
+                          reinterpret_cast<float*>(workspace + plan.partial_out), first, count,
+                          place.value_unit, state);
+  }
+  RingPosition ring = reload(scratch.ring);
+  ring.advance((segment.tile_end - segment.tile_begin) % (2 * plan.num_stages), plan.num_stages);
+  __syncwarp();  // all lanes have read the old position
+  scratch.ring = ring;
+}
+
 template <typename Config>
 __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
-                                        DecodeShared& shared, uint32_t table, uint32_t barriers,
-                                        uint32_t exchange, uint32_t stages) {
+                                        DecodeShared& shared, uint32_t smem) {
   const int warp = threadIdx.x / kWarpSize;
-  const float value_unit = write_pair_table(table, p.v_centroids, warp, Config::kWarps);
-  float key_unit = 1.f;
-  ByteTable key_codes{};
+  const uint32_t barriers = smem + plan.shared_offset;
+  const uint32_t stages = smem + plan.stage_offset;
+  const uint32_t exchange = smem + plan.merge_offset;
+  const uint32_t lane_table = smem + 4 * (threadIdx.x % kWarpSize);
+  const int slot = warp % plan.slots;
+  ConsumerPlace place{warp / plan.slots, slot, slot / plan.row_groups,
+                      slot % plan.row_groups * Config::kRows, 1.f, 1.f};
+  place.value_unit = write_pair_table(smem, p.v_centroids, warp, Config::kWarps);
   if constexpr (Config::kInt8) {
     if (threadIdx.x < 16) shared.key_codes[threadIdx.x] = p.k_codes[threadIdx.x];
+    if (threadIdx.x == 0) shared.bit3_mask = 0x44444444u;
   } else {
-    key_unit = write_pair_table(table + kKeyPairOffset, p.k_centroids, warp, Config::kWarps);
+    place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids, warp, Config::kWarps);
   }
-  ptx::named_barrier_sync(kConsumerBarrier, Config::kWarps * kWarpSize);  // the tables are complete
-  if constexpr (Config::kInt8) {
-    // From shared memory: a uniform load would put the table into uniform registers, from which
-    // every byte permute would have to copy it first.
-    const uint4 w = ptx::ld_shared_v4(barriers + static_cast<uint32_t>(offsetof(DecodeShared, key_codes)));
-    key_codes = {w.x, w.y, w.z, w.w};
-  }
-  ptx::wait_for_predecessor();  // decode_prepare has written q
-
-  if (warp >= plan.slots * plan.teams) return;
-  const int slot = warp % plan.slots;
-  const ConsumerPlace place{{warp / plan.slots, slot, plan.teams, plan.slots, exchange},
-                            slot / plan.row_groups,
-                            slot % plan.row_groups * Config::kRows};
-  const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
-
-  WarpScratch& scratch = shared.warps[warp];
+  WarpScratch& scratch = shared.warps[warp];  // written by all lanes alike
+  scratch.place = place;
+  scratch.ring = {0, 0};
   scratch.walker = make_walker(decode_batch(p, plan), shared);
-  RingPosition ring{0, 0};  // of the segment's first tile
-  DecodeState<Config> state;
+  ptx::named_barrier_sync(kConsumerBarrier, Config::kWarps * kWarpSize);  // the tables are complete
+
+  KeyCodes key_codes{};
+  if constexpr (Config::kInt8) {
+    // Pinned: uniform values end up in uniform registers, from which every byte permute would have to
+    // copy them first (60 instructions a tile).
+    const uint4 w = ptx::ld_shared_v4(ptx::smem_address(shared.key_codes));
+    const uint32_t bit3 = ptx::ld_shared_u32(ptx::smem_address(&shared.bit3_mask));
+    key_codes = {{pinned(w.x), pinned(w.y), pinned(w.z), pinned(w.w)}, pinned(bit3)};
+  }
+  const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
+  ptx::wait_for_predecessor();  // decode_prepare has written q
+  if (place.team >= plan.teams) return;
+
   while (true) {
-    __syncwarp();  // all lanes are done with the scratch of the last segment
-    SegmentWalker walker = scratch.walker;
+    SegmentWalker walker = reload(scratch.walker);
     DecodeSegment segment;
     if (!walker.next(decode_batch(p, plan), segment)) return;
-    __syncwarp();  // all lanes have read the walker
+    __syncwarp();  // all lanes have read the scratch
     scratch.walker = walker;
     scratch.segment = segment;
     __syncwarp();  // written
-    const volatile DecodeSegment& kept = scratch.segment;
-    consume_segment<Config>(p, plan, scratch.segment, place, table, barriers, stages, at, key_codes,
-                            key_unit, ring, state);
-    ring.advance((kept.tile_end - kept.tile_begin) % (2 * plan.num_stages), plan.num_stages);
-
-    // [6/6] The teams' results become one, which goes to the workspace.
-    merge_teams<Config>(place.team, state);
-    const int count = min(kept.num_queries * plan.group, plan.max_rows) - place.first_row;
-    if (place.team.team == 0 && count > 0) {
-      const int64_t unit = static_cast<int64_t>(kept.seq) * plan.num_chunks + kept.chunk;
-      const int64_t first = ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.max_rows +
-                            place.first_row;
-      auto* workspace = static_cast<uint8_t*>(p.workspace);
-      write_partial<Config>(reinterpret_cast<float2*>(workspace + plan.partial_stats),
-                            reinterpret_cast<float*>(workspace + plan.partial_out), first, count,
-                            value_unit, state);
-    }
+    DecodeState<Config> state;
+    consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes,
+                            state);
+    finish_segment<Config>(p, plan, scratch, exchange, state);
   }
 }
 
@@ -365,10 +381,10 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ DecodePlan plan) {
   using Pipeline = std::conditional_t<Config::kBulk, BulkPipeline, CpAsyncPipeline>;
-  extern __shared__ __align__(128) uint8_t decode_smem[];
-  auto& shared = *reinterpret_cast<DecodeShared*>(decode_smem + kPairTableBytes);
-  const uint32_t smem = ptx::smem_address(decode_smem);
-  const uint32_t barriers = smem + kPairTableBytes;
+  uint8_t* bytes = ptx::dynamic_shared();
+  auto& shared = *reinterpret_cast<DecodeShared*>(bytes + plan.shared_offset);
+  const uint32_t smem = ptx::smem_address(bytes);
+  const uint32_t barriers = smem + plan.shared_offset;
   ptx::allow_dependent_launch();
 
   if (threadIdx.x < plan.num_stages) {
@@ -390,8 +406,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
-    consume<Config>(p, plan, shared, smem, barriers, smem + plan.merge_offset,
-                    smem + plan.stage_offset);
+    consume<Config>(p, plan, shared, smem);
   }
 }
 

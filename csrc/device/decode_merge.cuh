@@ -16,7 +16,7 @@ namespace tq4 {
 
 constexpr uint32_t kConsumerBarrier = 1;  // of the active consumer warps
 
-// Where one (slot, team) stands.
+// Where a (team, slot) stands.
 struct TeamPlace {
   int team, slot;
   int teams, slots;

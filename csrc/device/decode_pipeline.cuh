@@ -16,22 +16,6 @@
 
 namespace tq4 {
 
-// What a consumer warp needs between segments and on their edges only; kept out of the registers of
-// the tile loop.  Written by all lanes alike.
-struct WarpScratch {
-  SegmentWalker walker;
-  DecodeSegment segment;
-};
-
-struct DecodeShared {
-  uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
-  int32_t warp_sums[32];
-  int8_t key_codes[16];
-  int32_t start_seq, start_prefix, total;
-  WarpScratch warps[16];
-};
-static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
-
 // A position in the stage ring, advanced tile by tile.
 struct RingPosition {
   int stage;
@@ -45,6 +29,33 @@ struct RingPosition {
     }
   }
 };
+
+// A consumer warp's place in the CTA.
+struct ConsumerPlace {
+  int32_t team, slot;
+  int32_t head;       // of the chunk
+  int32_t first_row;  // of the KV head's rows
+  float key_unit, value_unit;  // of the pair table
+};
+
+// What a consumer warp needs between tiles of different segments only, kept out of the registers of
+// the tile loop.
+struct WarpScratch {
+  SegmentWalker walker;
+  DecodeSegment segment;
+  ConsumerPlace place;
+  RingPosition ring;  // of the segment's first tile
+};
+
+struct DecodeShared {
+  uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
+  int32_t warp_sums[32];
+  int8_t key_codes[16];
+  uint32_t bit3_mask;
+  int32_t start_seq, start_prefix, total;
+  WarpScratch warps[16];
+};
+static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
 
 // Addresses shared by both.
 struct DecodeRing {

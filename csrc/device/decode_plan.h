@@ -36,12 +36,12 @@ constexpr int decode_warps(int head_dim, DecodeMode mode, bool bulk) {
   return bulk && mode == DecodeMode::kInt8Rows8 && head_dim <= 128 ? 16 : 8;
 }
 
-constexpr int kPairTableBytes = 256 * 256;  // device/decode_table.cuh
+constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
 constexpr int kDecodeMaxStages = 64;
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 2048;  // barriers and scratch
 constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
 // One sender's: its quads, then m and l of its rows, a word a lane.
-constexpr int merge_area_bytes(int octets) { return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize; }
+TQ4_HOST_DEVICE constexpr int merge_area_bytes(int octets) { return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize; }
 
 // Shared memory of a CTA by compute capability, after opt-in.
 inline int decode_smem_limit(int arch) {
@@ -68,7 +68,7 @@ struct DecodePlan {
   int32_t tiles_per_block;
   int32_t segment_cost;
   int32_t grid;
-  int32_t smem_bytes, merge_offset, stage_offset;  // shared memory
+  int32_t shared_offset, merge_offset, stage_offset, smem_bytes;  // shared memory
   // Workspace, byte offsets.
   int64_t query_codes;       // INT8: int8 [T, Hq, D]; fp16: fp16 [T, Hq, D]
   int64_t query_residual;    // the same of what rounding left; one octet only
@@ -297,7 +297,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   plan.bulk = bulk;
   plan.warps = decode_warps(view.head_dim, plan.mode, bulk);
   plan.row_groups = ceil_div(plan.max_rows, 8 * octets);
-  plan.merge_offset = kPairTableBytes + kDecodeSharedBytes;
+  plan.shared_offset = (p.int8 ? 1 : 2) * kDecodeTableBytes;
+  plan.merge_offset = plan.shared_offset + kDecodeSharedBytes;
   plan.num_stages = 0;
   // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
   // copied, and the fewer partial results.

@@ -47,6 +47,9 @@ struct DecodeConfig {
   using Map = DecodeMap<D>;
   static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
 
+  // 16 k-steps of 4 registers would not leave enough for O: read again for each tile.
+  static constexpr bool kHoldsQuery = kKeySteps < 16;
+
   static constexpr int kWarps = decode_warps(D, kMode, kBulk);  // consumers
   // Registers move between whole groups of 4 warps; otherwise one producer warp will do.
   static constexpr bool kMovesRegisters = kWarps == 16;
@@ -68,11 +71,59 @@ constexpr float kDenominatorScale = 0x1p-76f;
 constexpr int32_t kScoreBias = 0x4b400000;
 constexpr float kScoreBiasFloat = 12582912.f;
 
-// What a lane knows of its rows g and g + 8, for one segment.
+// The value, by a way the compiler cannot see through.  What is cheap to compute from constants it would
+// otherwise compute anew for every tile, and fragments loaded in pairs it would copy into place for every
+// MMA.  Whole warps only.
+template <typename T>
+__device__ __forceinline__ T pinned(T x) {
+  return __shfl_sync(kFullWarp, x, threadIdx.x % kWarpSize);
+}
+
+// The INT8 codebook and the mask of unpack_keys, in registers.
+struct KeyCodes {
+  ByteTable table;
+  uint32_t bit3;  // 0x44444444
+};
+
+// unpack_int8 with one LOP3 less: of its two masks an instruction can hold only one itself.
+__device__ __forceinline__ void unpack_keys(uint32_t word, const KeyCodes& codes, uint32_t& x0,
+                                            uint32_t& x1) {
+  const uint32_t entry = word & 0x77777777u;
+  const uint32_t half = ((word >> 1) & codes.bit3) | 0x32103210u;
+  x0 = lookup4(codes.table, entry, half);
+  x1 = lookup4(codes.table, entry >> 16, half >> 16);
+}
+
+// What a lane knows of its rows g and g + 8, for one segment: A fragments of q, and by octet the log2
+// units of one unit of norm * (q . k).
 template <typename Config>
 struct DecodeRows {
-  uint32_t q[Config::kKeySteps][4];  // A fragments
-  float scale[Config::kOctets];      // log2 units of one unit of norm * (q . k)
+  static constexpr int kHeld = Config::kHoldsQuery ? Config::kKeySteps : 1;
+  uint32_t q[kHeld][4];
+  const uint8_t* source[2];  // of the A rows, in the workspace; null: no such row
+  float scale[Config::kOctets];
+
+  // Steps k and k + 1 in fp16 mode, else step k, as words of rows g and g + 8.
+  __device__ __forceinline__ void load(int k, uint32_t (&a)[Config::kInt8 ? 1 : 2][4]) const {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (Config::kInt8) {
+        uint2 w = make_uint2(0, 0);
+        if (source[i] != nullptr) {
+          w = *reinterpret_cast<const uint2*>(source[i] + Config::Map::key_dim(t, k));
+        }
+        a[0][i] = w.x, a[0][2 + i] = w.y;
+      } else {
+        uint4 w = make_uint4(0, 0, 0, 0);
+        if (source[i] != nullptr) {
+          w = *reinterpret_cast<const uint4*>(source[i] + 2 * Config::Map::key_dim(t, k / 2));
+        }
+        a[0][i] = w.x, a[0][2 + i] = w.y;
+        a[1][i] = w.z, a[1][2 + i] = w.w;
+      }
+    }
+  }
 };
 
 // The running result.  o[m][i] is the C fragment of m-tile m, octet i: dims value_dim(g, m) and + 1
@@ -119,7 +170,6 @@ struct LaneOffsets {
   uint32_t value[4];  // tokens 2 i + b: column 2 t + b of n-tile i
   uint32_t norm[4];   // K norms of the same tokens
   uint32_t value_norm_delta;
-  uint32_t tokens;    // their index in the tile, a byte each
 };
 
 template <typename Config>
@@ -127,19 +177,17 @@ __device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage,
                                                          int head) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   LaneOffsets at;
-  at.tokens = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    at.key[i] = stage.k_codes + head * stage.code_head_stride +
-                map.token(i, g) * stage.code_token_stride + Config::Map::key_byte(t, 0);
+    at.key[i] = pinned(stage.k_codes + head * stage.code_head_stride +
+                       map.token(i, g) * stage.code_token_stride + Config::Map::key_byte(t, 0));
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const int token = map.token(i, 2 * t + b);
-      at.tokens |= static_cast<uint32_t>(token) << (8 * (2 * i + b));
-      at.value[2 * i + b] = stage.v_codes + head * stage.code_head_stride +
-                            token * stage.code_token_stride + Config::Map::value_byte(g, 0);
-      at.norm[2 * i + b] = stage.k_norms + head * stage.norm_head_stride +
-                           token * stage.norm_token_stride;
+      at.value[2 * i + b] = pinned(stage.v_codes + head * stage.code_head_stride +
+                                   token * stage.code_token_stride + Config::Map::value_byte(g, 0));
+      at.norm[2 * i + b] = pinned(stage.k_norms + head * stage.norm_head_stride +
+                                  token * stage.norm_token_stride);
     }
   }
   at.value_norm_delta = stage.v_norms - stage.k_norms;
@@ -197,8 +245,8 @@ __device__ __forceinline__ void load_value_words(uint32_t address,
 
 // [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of n-tile j.
 template <typename Config>
-__device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t table, const LaneOffsets& at,
-                                               const ByteTable& key_codes, const DecodeRows<Config>& rows,
+__device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t lane_table, const LaneOffsets& at,
+                                               const KeyCodes& key_codes, const DecodeRows<Config>& rows,
                                                float (&s)[Config::kOctets][4]) {
   constexpr int kWords = Config::Map::kKeyWords;
   uint32_t words[2][kWords];
@@ -215,7 +263,7 @@ __device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t table, c
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         uint32_t b0, b1;
-        unpack_int8(words[j][k], key_codes, b0, b1);
+        unpack_keys(words[j][k], key_codes, b0, b1);
         if (k == 0) {
           ptx::mma_m16n8k32_s8s8s32(acc[j], rows.q[k], b0, b1, start);
         } else {
@@ -238,20 +286,26 @@ __device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t table, c
       }
     }
   } else {
-    const uint32_t lane_offset = 4 * (threadIdx.x % kWarpSize);
-    const uint32_t key_table = table + kKeyPairOffset;
+    const uint32_t key_table = lane_table + kPairTableBytes;
     float acc[2][4] = {};
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
+      uint32_t q[2][4];
+      if constexpr (Config::kHoldsQuery) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[0][i] = rows.q[2 * k][i], q[1][i] = rows.q[2 * k + 1][i];
+      } else {
+        rows.load(2 * k, q);
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const uint32_t w = words[j][k];
-        const uint32_t b0 = lookup_pair<0>(key_table, w, lane_offset);
-        const uint32_t b1 = lookup_pair<1>(key_table, w, lane_offset);
-        const uint32_t b2 = lookup_pair<2>(key_table, w, lane_offset);
-        const uint32_t b3 = lookup_pair<3>(key_table, w, lane_offset);
-        ptx::mma_m16n8k16_f16f16f32(acc[j], rows.q[2 * k], b0, b1);
-        ptx::mma_m16n8k16_f16f16f32(acc[j], rows.q[2 * k + 1], b2, b3);
+        const uint32_t b0 = lookup_pair<0>(key_table, w);
+        const uint32_t b1 = lookup_pair<1>(key_table, w);
+        const uint32_t b2 = lookup_pair<2>(key_table, w);
+        const uint32_t b3 = lookup_pair<3>(key_table, w);
+        ptx::mma_m16n8k16_f16f16f32(acc[j], q[0], b0, b1);
+        ptx::mma_m16n8k16_f16f16f32(acc[j], q[1], b2, b3);
       }
     }
 #pragma unroll
@@ -361,15 +415,13 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
 // [4/4] O^T += V^T P'^T.  a0,a1: even and odd dimension of tokens 2 t, 2 t + 1; a2,a3: of 8 + 2 t, ...
 template <typename Config>
 __device__ __forceinline__ void accumulate_values(
-    uint32_t table, const uint32_t (&words)[4][Config::Map::kValueWords],
+    uint32_t lane_table, const uint32_t (&words)[4][Config::Map::kValueWords],
     const uint32_t (&weights)[Config::kOctets][2], DecodeState<Config>& state) {
-  const uint32_t lane_offset = 4 * (threadIdx.x % kWarpSize);
   const auto multiply = [&](auto byte, int tile, const TokenPairs& first, const TokenPairs& second) {
     constexpr int kByte = decltype(byte)::value;
-    const uint32_t a[4] = {lookup_pair<kByte>(table, first.even, lane_offset),
-                           lookup_pair<kByte>(table, first.odd, lane_offset),
-                           lookup_pair<kByte>(table, second.even, lane_offset),
-                           lookup_pair<kByte>(table, second.odd, lane_offset)};
+    const uint32_t a[4] = {
+        lookup_pair<kByte>(lane_table, first.even), lookup_pair<kByte>(lane_table, first.odd),
+        lookup_pair<kByte>(lane_table, second.even), lookup_pair<kByte>(lane_table, second.odd)};
 #pragma unroll
     for (int i = 0; i < Config::kOctets; ++i) {
       ptx::mma_m16n8k16_f16f16f32(state.o[tile][i], a, weights[i][0], weights[i][1]);

@@ -2,13 +2,13 @@
 // byte) to two fp16 values by one shared-memory load.
 //
 //   entry of byte b     half2 { c[b >> 4], c[b & 15] }     4 bytes
-//   address             256 b + 4 lane (+ 128 for K)        every lane has a copy in its own bank
+//   address             table + 128 b + 4 lane              every lane has a copy in its own bank
 //
-// An address is one byte permute of {4 lane, b}, and no two lanes ever meet on a bank: a load is one
-// wavefront whatever the codes are.  The fp16 values are exact for any codebook; by byte permutes
-// alone the same would take 2.9 instructions a value on the pipe that is busiest anyway, against 0.75
-// here plus half a load.  The second 128 bytes of a row hold the K codebook in fp16 mode and nothing
-// otherwise: packing the rows closer would cost a second instruction an address.
+// No two lanes ever meet on a bank: a load is one wavefront whatever the codes are.  The address of
+// byte i of a word is a single instruction, the dot product of the word's bytes with 128 at place i,
+// plus table + 4 lane: it runs on the integer multiplier, which is idle otherwise, where the byte
+// permutes of K keep the ALU busy.  The values are exact for any codebook; by byte permutes alone the
+// same would take 2.9 ALU instructions a value.
 //
 // Centroids are stored in units of a power of two that brings the largest into [0.5, 1), so that a
 // codebook of any magnitude keeps fp16's precision.
@@ -21,8 +21,8 @@
 
 namespace tq4 {
 
-constexpr uint32_t kPairRowBytes = 256;
-constexpr uint32_t kKeyPairOffset = 128;
+constexpr uint32_t kPairRowBytes = 4 * kWarpSize;
+constexpr uint32_t kPairTableBytes = 256 * kPairRowBytes;
 
 // Writes rows `first_row`, `first_row` + `row_step`, ... ; one warp.  Returns the unit:
 // centroid = entry * unit.
@@ -48,11 +48,10 @@ __device__ __forceinline__ float write_pair_table(uint32_t table, const float* c
   return ldexpf(1.f, exponent);
 }
 
-// half2 of byte kByte of `codes`.  lane_offset: 4 * lane, upper bytes zero.
+// half2 of byte kByte of `codes`.  lane_table: the table's address + 4 * lane.
 template <int kByte>
-__device__ __forceinline__ uint32_t lookup_pair(uint32_t table, uint32_t codes, uint32_t lane_offset) {
-  // Bytes, lowest first: 4 lane, the code byte, 0, 0.
-  return ptx::ld_shared_u32(table + ptx::prmt(codes, lane_offset, 0x6504 | kByte << 4));
+__device__ __forceinline__ uint32_t lookup_pair(uint32_t lane_table, uint32_t codes) {
+  return ptx::ld_shared_u32(ptx::dot_u8x4(codes, kPairRowBytes << (8 * kByte), lane_table));
 }
 
 // Codes of two tokens, 8 dims each, to pair indices: byte i of `even` is {dim 2i of a, dim 2i of b},
@@ -61,9 +60,8 @@ struct TokenPairs {
   uint32_t even, odd;
 };
 
-TQ4_HOST_DEVICE TokenPairs pair_tokens(uint32_t a, uint32_t b) {
-  return {(a & 0xf0f0f0f0u) | ((b >> 4) & 0x0f0f0f0fu),
-          ((a << 4) & 0xf0f0f0f0u) | (b & 0x0f0f0f0fu)};
+__device__ __forceinline__ TokenPairs pair_tokens(uint32_t a, uint32_t b) {
+  return {ptx::bit_select(0xf0f0f0f0u, a, b >> 4), ptx::bit_select(0xf0f0f0f0u, a << 4, b)};
 }
 
 }  // namespace tq4

@@ -73,4 +73,18 @@ __device__ __forceinline__ uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t sele
   return y;
 }
 
+// c plus the dot product of the four unsigned bytes of a and b.  Runs beside the integer multiplier.
+__device__ __forceinline__ uint32_t dot_u8x4(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+
+// Bits of a where the mask is set, of b elsewhere: one LOP3 for any mask.
+__device__ __forceinline__ uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
+  return y;
+}
+
 }  // namespace tq4::ptx

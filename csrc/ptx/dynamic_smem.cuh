@@ -1,0 +1,12 @@
+// The dynamic shared memory of a kernel.
+#pragma once
+#include <cstdint>
+
+namespace tq4::ptx {
+
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(128) uint8_t dynamic_shared_bytes[];
+  return dynamic_shared_bytes;
+}
+
+}  // namespace tq4::ptx

@@ -1,0 +1,440 @@
+// The decode kernels themselves, run on the CPU (cuda_cpu.h), against attention in double precision: all
+// modes, layouts and head dimensions, windows, soft cap, sinks, several query tokens, poisoned tails and
+// garbage in the block table.  Compiled against a copy of csrc/device beside the ptx/ directory here.
+#include "cuda_cpu.h"
+
+#include "device/decode_combine.cuh"
+#include "device/decode_kernel.cuh"
+#include "device/decode_plan.h"
+#include "device/decode_prepare.cuh"
+#include "layout.h"
+
+#include <string>
+
+#include "check.h"
+
+namespace {
+
+using tq4::test::Random;
+
+enum class Layout { kTokenMajor, kPaddedRows, kHeadMajor, kHeadMajorApart };
+
+struct Case {
+  int head_dim = 128;
+  int num_kv_heads = 2, group = 4;
+  std::vector<int> lengths{40};
+  std::vector<int> queries;  // empty: one each, no query_start_loc
+  int max_query_len = 1;
+  Layout layout = Layout::kTokenMajor;
+  int block_size = 16;
+  bool int8 = true;
+  bool bulk = true;
+  int arch = 90;
+  int num_sms = 2;
+  bool rotate = false;
+  bool bf16 = false;
+  int window_left = -1, window_right = 0;
+  float softcap = 0.f;
+  bool sinks = false;
+  float norm_scale = 1.f;     // of V
+  float wild_norms = 0.f;     // spread of the norms, in powers of two
+  float codebook_scale = 1.f;
+  bool nan_row = false;
+  bool zero_values = false;   // some V norms are zero, their keys dominate
+};
+
+double gaussian(Random* random) {
+  const double u = (random->next() >> 11) * 0x1p-53 + 1e-18, v = (random->next() >> 11) * 0x1p-53;
+  return std::sqrt(-2 * std::log(u)) * std::cos(6.283185307179586 * v);
+}
+
+// The 16-level Gaussian quantiser, rounded; any values would do.
+constexpr float kCentroids[16] = {-2.733f, -2.069f, -1.618f, -1.256f, -0.942f, -0.657f, -0.388f, -0.128f,
+                                  0.128f,  0.388f,  0.657f,  0.942f,  1.256f,  1.618f,  2.069f,  2.733f};
+constexpr int kCodes[16] = {-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104};
+constexpr float kCodeUnit = 2.733f / 104.f;
+
+template <int D>
+void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
+  using tq4::DecodeMode;
+  const auto go = [&](auto config) {
+    using Config = decltype(config);
+    emulation::launch(tq4::decode_kernel<Config>, plan.grid, Config::kThreads, p, plan);
+  };
+  if (plan.mode == DecodeMode::kFp16Rows8) return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
+  if constexpr (D != 256) {
+    if (plan.mode == DecodeMode::kInt8Rows16) {
+      if (!plan.bulk) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, true>{});
+      if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, true, true>{});
+      return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, true, false>{});
+    }
+  }
+  if (!plan.bulk) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>{});
+  if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, true, true>{});
+  return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, true, false>{});
+}
+
+template <int D>
+void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int rows_per_cta) {
+  const int rows = p.num_tokens * p.num_q_heads;
+  emulation::launch(tq4::decode_prepare_kernel<D>, tq4::ceil_div(rows, tq4::kPrepareRows),
+                    tq4::prepare_threads<D>(), p, plan);
+  run_main<D>(p, plan);
+  const int out_rows = p.num_seqs * p.max_query_len * p.num_q_heads;
+  emulation::launch(tq4::decode_combine_kernel<D>, tq4::ceil_div(out_rows, rows_per_cta),
+                    tq4::kCombineThreads, p, plan, rows_per_cta);
+}
+
+void run(const std::string& name, const Case& c, uint64_t seed) {
+  Random random(seed);
+  const int D = c.head_dim, hkv = c.num_kv_heads, hq = hkv * c.group;
+  const int num_seqs = static_cast<int>(c.lengths.size());
+  std::vector<int32_t> query_start_loc{0};
+  for (int s = 0; s < num_seqs; ++s) {
+    query_start_loc.push_back(query_start_loc.back() + (c.queries.empty() ? 1 : c.queries[s]));
+  }
+  const int num_tokens = query_start_loc.back() + (c.queries.empty() ? 0 : 1);  // one padding row
+
+  // Pages, handed out in random order; everything not written stays 0xff.
+  int max_blocks = 1, used_blocks = 0;
+  for (int length : c.lengths) {
+    const int blocks = tq4::ceil_div(length, c.block_size);
+    max_blocks = std::max(max_blocks, blocks + 1);
+    used_blocks += blocks;
+  }
+  const int num_blocks = used_blocks + 2;
+  std::vector<int> free_blocks(num_blocks);
+  for (int i = 0; i < num_blocks; ++i) free_blocks[i] = i;
+  for (int i = num_blocks - 1; i > 0; --i) std::swap(free_blocks[i], free_blocks[random.range(0, i)]);
+  std::vector<int32_t> block_table(static_cast<size_t>(num_seqs) * max_blocks, 0x7ffffff0);
+  for (int s = 0; s < num_seqs; ++s) {
+    for (int b = 0; b < tq4::ceil_div(c.lengths[s], c.block_size); ++b) {
+      block_table[s * max_blocks + b] = free_blocks.back();
+      free_blocks.pop_back();
+    }
+  }
+  const int64_t page = tq4::head_page_bytes(c.block_size, D);
+  const int64_t row_bytes = tq4::token_bytes(hkv, D) + (c.layout == Layout::kPaddedRows ? 20 : 0);
+  const int64_t cache_bytes = static_cast<int64_t>(num_blocks) *
+                              std::max<int64_t>(page * hkv, row_bytes * c.block_size);
+  std::vector<uint8_t> storage(cache_bytes + 64, 0xff);
+  uint8_t* base = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64;
+  tq4::PageView view;
+  switch (c.layout) {
+    case Layout::kTokenMajor:
+    case Layout::kPaddedRows:
+      view = tq4::token_major_view(base, num_blocks, hkv, c.block_size, D, row_bytes * c.block_size, row_bytes);
+      break;
+    case Layout::kHeadMajor:
+      view = tq4::head_major_view(base, num_blocks, hkv, c.block_size, D, page * hkv, page);
+      break;
+    case Layout::kHeadMajorApart:
+      view = tq4::head_major_view(base, num_blocks, hkv, c.block_size, D, page, page * num_blocks);
+      break;
+  }
+
+  // Keys and values as the kernels should see them, in rotated space.
+  float centroids[16];
+  int8_t codes[16];
+  float exact_half[16];
+  for (int i = 0; i < 16; ++i) {
+    centroids[i] = kCentroids[i] * c.codebook_scale;
+    codes[i] = static_cast<int8_t>(kCodes[i]);
+    // fp16 of the centroid in a power-of-two unit: rounding does not depend on the unit.
+    exact_half[i] = emulation::half_to_float(emulation::float_to_half(kCentroids[i])) * c.codebook_scale;
+  }
+  std::vector<std::vector<double>> keys(num_seqs), values(num_seqs);
+  for (int s = 0; s < num_seqs; ++s) {
+    keys[s].resize(static_cast<size_t>(c.lengths[s]) * hkv * D);
+    values[s].resize(keys[s].size());
+    for (int token = 0; token < c.lengths[s]; ++token) {
+      uint8_t* block = base + block_table[s * max_blocks + token / c.block_size] * view.block_stride;
+      const int in_block = token % c.block_size;
+      for (int h = 0; h < hkv; ++h) {
+        for (int which = 0; which < 2; ++which) {
+          const double spread = std::exp2(c.wild_norms * (random.range(-100, 100) / 100.0));
+          float norm = static_cast<float>((0.5 + random.range(0, 100) / 100.0) * (which ? c.norm_scale * spread : 1.0));
+          if (c.zero_values) {
+            if (which == 1 && token % 3 == 0) norm = 0.f;
+            if (which == 0 && token % 3 == 0) norm *= 40.f;
+          }
+          uint8_t* packed = block + (which ? view.v_codes : view.k_codes) + in_block * view.code_token_stride +
+                            h * view.code_head_stride;
+          std::memcpy(block + (which ? view.v_norms : view.k_norms) + in_block * view.norm_token_stride +
+                          h * view.norm_head_stride, &norm, 4);
+          auto& target = which ? values[s] : keys[s];
+          for (int d = 0; d < D; ++d) {
+            const int index = random.range(0, 15);
+            uint8_t& byte = packed[d / 2];
+            byte = d % 2 == 0 ? static_cast<uint8_t>(index << 4 | (byte & 15)) : static_cast<uint8_t>((byte & 0xf0) | index);
+            const double entry = which == 1 || !c.int8 ? exact_half[index] : codes[index] * kCodeUnit * c.codebook_scale;
+            target[(static_cast<size_t>(token) * hkv + h) * D + d] = entry * norm;
+          }
+        }
+      }
+    }
+  }
+
+  // Queries: 16-bit values, strided.
+  const int64_t head_stride = D + 8, token_stride = hq * head_stride + 24;
+  std::vector<uint16_t> q(num_tokens * token_stride), out(num_tokens * token_stride, 0x7e7e);
+  std::vector<double> q_exact(static_cast<size_t>(num_tokens) * hq * D);
+  for (int token = 0; token < num_tokens; ++token) {
+    for (int h = 0; h < hq; ++h) {
+      for (int d = 0; d < D; ++d) {
+        float x = static_cast<float>(gaussian(&random)) * (h % 3 == 1 ? 4.f : 1.f) / c.codebook_scale;
+        if (c.nan_row && token == 0 && h == 1 && d == 5) x = NAN;
+        uint16_t bits = c.bf16 ? emulation::float_to_bfloat(x) : emulation::float_to_half(x);
+        q[token * token_stride + h * head_stride + d] = bits;
+        q_exact[(static_cast<size_t>(token) * hq + h) * D + d] =
+            c.bf16 ? emulation::from_bits<float>(static_cast<uint32_t>(bits) << 16) : emulation::half_to_float(bits);
+      }
+    }
+  }
+  // A rotation: a random orthogonal matrix as a product of reflections.
+  std::vector<float> rotation(static_cast<size_t>(D) * D);
+  {
+    std::vector<double> r(static_cast<size_t>(D) * D, 0.0), v(D);
+    for (int i = 0; i < D; ++i) r[i * D + i] = 1;
+    for (int round = 0; round < 3; ++round) {
+      double norm = 0;
+      for (double& x : v) x = gaussian(&random), norm += x * x;
+      for (int i = 0; i < D; ++i) {
+        double dot = 0;
+        for (int j = 0; j < D; ++j) dot += r[i * D + j] * v[j];
+        for (int j = 0; j < D; ++j) r[i * D + j] -= 2 * dot * v[j] / norm;
+      }
+    }
+    for (size_t i = 0; i < r.size(); ++i) rotation[i] = static_cast<float>(r[i]);
+  }
+  std::vector<float> sinks(hq);
+  for (float& sink : sinks) sink = static_cast<float>(gaussian(&random));
+  std::vector<float> lse(static_cast<size_t>(hq) * num_tokens, -77.f);
+
+  tq4::AttentionParams p{};
+  p.q = q.data();
+  p.out = out.data();
+  p.lse = lse.data();
+  p.q_token_stride = p.out_token_stride = token_stride;
+  p.q_head_stride = p.out_head_stride = head_stride;
+  p.dtype = c.bf16 ? tq4::DType::kBFloat16 : tq4::DType::kFloat16;
+  p.cache = view;
+  p.block_table = block_table.data();
+  p.block_table_stride = max_blocks;
+  p.seq_lens = c.lengths.data();
+  p.query_start_loc = c.queries.empty() ? nullptr : query_start_loc.data();
+  p.q_rotation = p.out_rotation = c.rotate ? rotation.data() : nullptr;
+  p.k_centroids = p.v_centroids = centroids;
+  p.k_codes = codes;
+  p.k_code_scale = kCodeUnit * c.codebook_scale;
+  p.sinks = c.sinks ? sinks.data() : nullptr;
+  p.sm_scale = 0.3f / std::sqrt(static_cast<float>(D));
+  p.softcap = c.softcap;
+  p.window_left = c.window_left;
+  p.window_right = c.window_right;
+  p.int8 = c.int8;
+  p.num_seqs = num_seqs;
+  p.num_tokens = num_tokens;
+  p.num_q_heads = hq;
+  p.max_query_len = c.max_query_len;
+  p.num_sms = c.num_sms;
+  p.arch = c.arch;
+  p.path = c.bulk ? tq4::Path::kAuto : tq4::Path::kPortable;
+  const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
+  std::vector<uint8_t> workspace(plan.workspace_bytes + 256, 0xff);
+  p.workspace = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256) % 256;
+
+  const int rows_per_cta = 1 << (seed % 5);
+  switch (D) {
+    case 64: run_all<64>(p, plan, rows_per_cta); break;
+    case 96: run_all<96>(p, plan, rows_per_cta); break;
+    case 128: run_all<128>(p, plan, rows_per_cta); break;
+    default: run_all<256>(p, plan, rows_per_cta); break;
+  }
+
+  // The same in double precision.
+  const auto multiply = [&](const double* x, bool transposed, double* y) {  // x R^T or x R
+    for (int i = 0; i < D; ++i) {
+      y[i] = 0;
+      for (int j = 0; j < D; ++j) y[i] += x[j] * rotation[transposed ? i * D + j : j * D + i];
+    }
+  };
+  double error = 0, size = 0, worst_lse = 0;
+  bool others_untouched = true, right_specials = true;
+  std::vector<double> row(D), expected(D), rotated(D);
+  for (int s = 0; s < num_seqs; ++s) {
+    const int length = c.lengths[s], queries = query_start_loc[s + 1] - query_start_loc[s];
+    for (int t = 0; t < queries; ++t) {
+      const int token = query_start_loc[s] + t;
+      const int64_t position = length - queries + t;
+      for (int h = 0; h < hq; ++h) {
+        const double* query = &q_exact[(static_cast<size_t>(token) * hq + h) * D];
+        std::copy(query, query + D, row.begin());
+        if (c.rotate) multiply(query, true, row.data());
+        if (plan.mode == tq4::DecodeMode::kInt8Rows16) {
+          double largest = 0;
+          for (double x : row) largest = std::max(largest, std::fabs(x));
+          for (double& x : row) x = std::nearbyint(x * 127 / largest) * largest / 127;
+        }
+        std::fill(expected.begin(), expected.end(), 0.0);
+        std::vector<double> scores;
+        std::vector<int> seen;
+        double top = c.sinks ? sinks[h] : -1e300;
+        for (int key = 0; key < length; ++key) {
+          if (c.window_left >= 0 && key < position - c.window_left) continue;
+          if (c.window_right >= 0 && key > position + c.window_right) continue;
+          const double* k = &keys[s][(static_cast<size_t>(key) * hkv + h / c.group) * D];
+          double score = 0;
+          for (int d = 0; d < D; ++d) score += row[d] * k[d];
+          score *= p.sm_scale;
+          if (c.softcap != 0) score = c.softcap * std::tanh(score / c.softcap);
+          scores.push_back(score);
+          seen.push_back(key);
+          top = std::max(top, score);
+        }
+        double sum = c.sinks ? std::exp(sinks[h] - top) : 0;
+        for (size_t i = 0; i < seen.size(); ++i) {
+          const double weight = std::exp(scores[i] - top);
+          sum += weight;
+          const double* v = &values[s][(static_cast<size_t>(seen[i]) * hkv + h / c.group) * D];
+          for (int d = 0; d < D; ++d) expected[d] += weight * v[d];
+        }
+        for (double& x : expected) x = sum > 0 ? x / sum : 0.0;
+        if (c.rotate) {
+          multiply(expected.data(), false, rotated.data());
+          expected = rotated;
+        }
+        const float got_lse = lse[static_cast<size_t>(h) * num_tokens + token];
+        const bool nan_row = c.nan_row && token == 0 && h == 1;
+        if (nan_row) {
+          right_specials = right_specials && got_lse != got_lse;
+        } else if (sum == 0) {
+          right_specials = right_specials && got_lse == -INFINITY;
+        } else {
+          const double want = top + std::log(sum);
+          const double difference = std::fabs(got_lse - want) / std::max(1.0, std::fabs(want));
+          worst_lse = difference <= worst_lse ? worst_lse : difference;
+        }
+        for (int d = 0; d < D; ++d) {
+          const uint16_t bits = out[token * token_stride + h * head_stride + d];
+          const double got = c.bf16 ? emulation::from_bits<float>(static_cast<uint32_t>(bits) << 16)
+                                    : emulation::half_to_float(bits);
+          if (nan_row) {
+            right_specials = right_specials && got != got;
+          } else if (seen.empty()) {
+            right_specials = right_specials && got == 0;
+          } else {
+            error += (got - expected[d]) * (got - expected[d]);
+            size += expected[d] * expected[d];
+          }
+        }
+        for (int d = D; d < head_stride; ++d) {
+          others_untouched = others_untouched && out[token * token_stride + h * head_stride + d] == 0x7e7e;
+        }
+      }
+    }
+  }
+  for (int64_t i = query_start_loc.back() * token_stride; i < num_tokens * token_stride; ++i) {
+    others_untouched = others_untouched && out[i] == 0x7e7e;
+  }
+  const double relative = size > 0 ? std::sqrt(error / size) : 0;
+  const double bound = c.bf16 ? 4e-3 : 8e-4;
+  std::printf("%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s)\n",
+              name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
+              plan.copy.num_runs, plan.copy.reps, plan.copy.width, plan.bulk ? "bulk" : "cp.async");
+  CHECK(relative < bound);
+  // Without the residual a tie may round the other way in double precision.
+  CHECK(worst_lse < (plan.mode == tq4::DecodeMode::kInt8Rows16 ? 5e-3 : 1e-3));
+  CHECK(others_untouched);
+  CHECK(right_specials);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string only = argc > 1 ? argv[1] : "";
+  uint64_t seed = 1;
+  const auto test = [&](const char* name, auto&& change) {
+    Case c;
+    change(c);
+    ++seed;
+    if (only.empty() || std::string(name).find(only) != std::string::npos) run(name, c, seed);
+  };
+
+  test("two heads", [](Case&) {});
+  test("one token", [](Case& c) { c.lengths = {1, 16, 17, 0, 15}; });
+  test("rotation", [](Case& c) { c.rotate = true, c.bf16 = true; });
+  test("rotation 256", [](Case& c) { c.rotate = true, c.head_dim = 256, c.num_kv_heads = 1; });
+  test("rotation 96", [](Case& c) { c.rotate = true, c.head_dim = 96, c.lengths = {33}; });
+  test("rotation 64", [](Case& c) { c.rotate = true, c.head_dim = 64, c.lengths = {33}; });
+  test("8 heads", [](Case& c) { c.num_kv_heads = 8, c.lengths = {100, 3, 50}, c.num_sms = 3; });
+  test("one head, 1 row", [](Case& c) { c.num_kv_heads = 1, c.group = 1, c.lengths = {333}, c.num_sms = 1; });
+  test("one head, odd rows", [](Case& c) { c.num_kv_heads = 1, c.group = 7, c.lengths = {70, 20}; });
+  test("3 heads, 5 rows", [](Case& c) { c.num_kv_heads = 3, c.group = 5, c.lengths = {50}; });
+  test("18 heads", [](Case& c) { c.num_kv_heads = 18, c.group = 1, c.lengths = {20, 30}, c.num_sms = 5; });
+  test("20 heads apart", [](Case& c) {
+    c.num_kv_heads = 20, c.group = 1, c.lengths = {20, 30}, c.layout = Layout::kHeadMajorApart;
+  });
+  test("padded rows", [](Case& c) { c.layout = Layout::kPaddedRows, c.lengths = {45}; });
+  test("head-major", [](Case& c) { c.layout = Layout::kHeadMajor, c.lengths = {45, 70}; });
+  test("head-major, 64", [](Case& c) {
+    c.layout = Layout::kHeadMajor, c.block_size = 64, c.lengths = {145, 70}, c.num_kv_heads = 8;
+  });
+  test("heads apart, 48", [](Case& c) {
+    c.layout = Layout::kHeadMajorApart, c.block_size = 48, c.lengths = {145, 70};
+  });
+  test("token-major, 128", [](Case& c) { c.block_size = 128, c.lengths = {145, 70, 128}; });
+  test("portable", [](Case& c) { c.bulk = false, c.lengths = {145, 70, 128}, c.num_kv_heads = 4; });
+  test("portable, one head", [](Case& c) { c.bulk = false, c.num_kv_heads = 1, c.lengths = {145}; });
+  test("portable, padded", [](Case& c) { c.bulk = false, c.layout = Layout::kPaddedRows; });
+  test("portable, sm_86", [](Case& c) {
+    c.bulk = false, c.arch = 86, c.num_kv_heads = 8, c.lengths = {60, 90}, c.layout = Layout::kHeadMajor,
+    c.block_size = 32;
+  });
+  for (int head_dim : {64, 96, 128, 256}) {
+    const std::string suffix = " D " + std::to_string(head_dim);
+    test(("rows 16" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.group = 4, c.queries = {4, 0, 2}, c.lengths = {60, 20, 1}, c.max_query_len = 4;
+    });
+    test(("rows 16 portable" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.group = 16, c.lengths = {60, 20}, c.bulk = false;
+    });
+    test(("fp16" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.int8 = false, c.lengths = {60, 20}, c.rotate = head_dim == 128;
+    });
+    test(("one row" + suffix).c_str(), [&](Case& c) { c.head_dim = head_dim, c.group = 1; });
+  }
+  test("48 rows", [](Case& c) {
+    c.group = 6, c.queries = {8, 3}, c.lengths = {60, 20}, c.max_query_len = 8, c.num_kv_heads = 2;
+  });
+  test("64 rows, D 256", [](Case& c) {
+    c.head_dim = 256, c.group = 4, c.queries = {16, 16}, c.lengths = {40, 20}, c.max_query_len = 16,
+    c.num_kv_heads = 1;
+  });
+  test("more queries than keys", [](Case& c) {
+    c.queries = {5, 3}, c.lengths = {3, 0}, c.max_query_len = 5, c.group = 3;
+  });
+  test("not causal", [](Case& c) { c.queries = {3}, c.lengths = {50}, c.max_query_len = 3, c.window_right = -1; });
+  test("window left", [](Case& c) { c.lengths = {150, 20}, c.window_left = 37; });
+  test("window left, 3 queries", [](Case& c) {
+    c.queries = {3, 1}, c.lengths = {150, 20}, c.max_query_len = 3, c.window_left = 20;
+  });
+  test("window right", [](Case& c) {
+    c.queries = {4}, c.lengths = {60}, c.max_query_len = 4, c.window_left = 9, c.window_right = 1;
+  });
+  test("soft cap", [](Case& c) { c.softcap = 2.f; });
+  test("sinks", [](Case& c) { c.sinks = true, c.lengths = {50, 0, 3}; });
+  test("small norms", [](Case& c) { c.norm_scale = 1e-4f, c.wild_norms = 3.f, c.bf16 = true; });
+  test("wild norms", [](Case& c) { c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {200}, c.bf16 = true; });
+  test("huge norms", [](Case& c) { c.norm_scale = 1e6f, c.wild_norms = 10.f, c.bf16 = true; });
+  test("zero values", [](Case& c) { c.zero_values = true, c.bf16 = true, c.lengths = {90}; });
+  test("tiny codebook", [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true; });
+  test("tiny codebook fp16", [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false; });
+  test("NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
+  test("many sequences", [](Case& c) {
+    c.lengths.clear();
+    for (int i = 0; i < 700; ++i) c.lengths.push_back(i % 97 == 0 ? 17 : 0);
+    c.num_sms = 3, c.num_kv_heads = 1, c.group = 1, c.head_dim = 64;
+  });
+  return tq4::test::report("test_decode_emulated");
+}
