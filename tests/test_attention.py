@@ -144,7 +144,7 @@ _FEW = pairwise(**{**_AXES, "group": (1, 4, 7)}, int8=(True, False))
 MATRIX = [ragged_case(i, row) for i, row in enumerate(_PRODUCT)]
 MATRIX_FEW = [ragged_case(1000 + i, row) for i, row in enumerate(_FEW)]
 MATRIX_CPU = [
-    ragged_case(2000 + i, row, longest=70, most_queries=30)
+    ragged_case(2000 + i, {**row, "kv_heads": 1 + i % 2}, longest=70, most_queries=30)
     for i, row in enumerate(pairwise(seed=1, **{**_AXES, "page": (16, 32), "group": (1, 3)}))
 ]
 
