@@ -64,6 +64,9 @@ class CompressedKV:
             self._refuse(f".to({moved.dtype}, {moved.device})")
         return self
 
+    def __getitem__(self, index: Any) -> NoReturn:
+        self._refuse("indexing")
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)

@@ -83,7 +83,6 @@ class Paging:
         """Forget every sequence; the pages stay."""
         self.length = 0
         self.table: torch.Tensor | None = None
-        self.padded = False
         self._shared = False
         self._free = torch.arange(self.num_blocks, dtype=torch.int32, device="cpu")
         self._table_version = 0
@@ -145,12 +144,6 @@ class Paging:
         past = self.length - tokens
         order = None
         if mask is None:
-            if self.padded:
-                raise ValueError(
-                    "attention_mask: earlier tokens of this TQ4Cache were padding, so every call needs the "
-                    "mask "
-                    f"[{self.batch}, {self.length}] of all tokens, got None"
-                )
             positions = torch.arange(past, self.length, device=device)
             slots = table.index_select(1, positions // self.page_size).long() * self.page_size
             slots += positions % self.page_size
@@ -177,7 +170,6 @@ class Paging:
                 seq_lens = before + counted[:, -1]
                 positions = (before[:, None] + counted - 1).clamp_(min=0)
                 order = self._order(valid)
-                self.padded = True
             pages = table.gather(1, (positions // self.page_size).long())
             slots = pages.long() * self.page_size + positions % self.page_size
             slots = torch.where(valid, slots, -1)
@@ -198,7 +190,7 @@ class Paging:
         if bool((valid[:, 1:] >= valid[:, :-1]).all()):
             return None
         batch, tokens = valid.shape
-        order = valid.byte().argsort(1, stable=True)
+        order = valid.byte().argsort(dim=1, stable=True)
         order += torch.arange(0, batch * tokens, tokens, device=valid.device)[:, None]
         return order.flatten()
 
@@ -333,6 +325,7 @@ class Paging:
 def _raise_if_flagged(state: _OnDevice) -> None:
     if state.flag is not None and bool(state.flag):
         raise ValueError(
-            "attention_mask: the mask of tokens that are in the TQ4Cache already has changed; padding is not "
-            "stored, so their mask must stay what it was"
+            "attention_mask: the mask of tokens that are in the TQ4Cache already has changed (or is gone); "
+            "padding "
+            "is not stored, so their mask must stay what it was"
         )
