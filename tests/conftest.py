@@ -51,6 +51,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Stop after a CUDA error: it leaves the context unusable, and every later test would fail for it."""
+    report = yield
+    if call.excinfo is not None and "CUDA error" in str(call.excinfo.value):
+        item.session.shouldstop = f"CUDA error by {item.nodeid}, or before it (set CUDA_LAUNCH_BLOCKING=1)"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test begins with the same seeds and with the automatic backend."""

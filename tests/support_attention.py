@@ -32,7 +32,6 @@ from support import (
     OUTPUT_ROUNDING,
     TOLERANCES,
     relative_error,
-    worst_row,
 )
 from tq4 import dispatch, layout
 
@@ -643,11 +642,24 @@ def judge(
         hold("error vs exact", relative_error(out, exact), limit + rounding)
     off = torch.stack([(out.to(FLOAT32) - answers[mode][0]).norm(dim=-1) for mode in bounds])
     nearest = off.nan_to_num(math.inf).argmin(0)
-    for number, (mode, name) in enumerate(bounds.items()):
-        rows, bound = nearest == number, TOLERANCES[name]
-        got, want = out[rows], answers[mode][0][rows]
-        hold(f"error vs {mode}", relative_error(got, want), bound.total + rounding)
-        hold(f"worst row vs {mode}", worst_row(got, want), (bound.row or 10 * bound.total) + rounding)
+    want = torch.stack([answers[mode][0] for mode in bounds])
+    want = want.gather(0, nearest[None, ..., None].expand_as(out[None]))[0]
+    # The bounds of the answers that rows are near to, in the shares that those rows have in the result.
+    limits = [TOLERANCES[name] for name in bounds.values()]
+    energy = want.square().sum(-1)
+    shares = [energy[nearest == i].sum().item() for i in range(len(limits))]
+    total = math.sqrt(
+        sum(share * b.total**2 for share, b in zip(shares, limits, strict=True)) / (sum(shares) or 1)
+    )
+    per_row = torch.tensor([b.row or 10 * b.total for b in limits], device=out.device)[nearest] + rounding
+    hold("error", relative_error(out, want), total + rounding)
+    size = want.norm(dim=-1)
+    worst = (out.to(FLOAT32) - want).norm(dim=-1) / torch.where(size > 0, size, 1e-30) / per_row
+    hold(
+        "worst row, in units of its bound,",
+        worst.nan_to_num(math.inf).amax().item() if worst.numel() else 0.0,
+        1.0,
+    )
 
     empty = exact_lse.isneginf()
     if not torch.equal(lse.isneginf(), empty):
