@@ -1,4 +1,4 @@
-// CPU versions of csrc/ptx/smem.cuh (what decode uses).
+// CPU versions of csrc/ptx/smem.cuh (what the emulated kernels use).
 #pragma once
 #include "../cuda_cpu.h"
 
@@ -51,6 +51,15 @@ void cp_async(uint32_t dst, const void* src) {
   auto& machine = emulation::machine();
   uint8_t* to = shared_pointer(dst, kBytes);
   machine.flying[machine.self().thread.x].push_back([=] { std::memcpy(to, src, kBytes); });
+}
+
+inline void cp_async_commit() {}
+
+// Waits for all of the thread's copies, whatever the number allowed to be pending.
+template <int kPending>
+void cp_async_wait() {
+  auto& machine = emulation::machine();
+  machine.wait([&] { return machine.flying.count(machine.self().thread.x) == 0; });
 }
 
 }  // namespace tq4::ptx

@@ -32,50 +32,21 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../device/cell_table.cuh"
-#include "../device/common.cuh"
-#include "../device/fragment_map.cuh"
-#include "../device/rotation_fragments.cuh"
 #include "../layout.h"
-#include "../params.h"
 #include "../ptx/arith.cuh"
+#include "../ptx/dynamic_smem.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/mma_bf16.cuh"
 #include "../ptx/quantise.cuh"
 #include "../ptx/smem.cuh"
+#include "cell_table.cuh"
+#include "common.cuh"
+#include "encode_params.h"
+#include "fragment_map.cuh"
+#include "rotation_fragments.cuh"
 
 namespace tq4 {
-
-// K or V.
-struct EncodeSide {
-  const uint8_t* x;  // row (token, head) at token_stride, head_stride bytes
-  int64_t token_stride, head_stride;
-  const float* rotation;    // [D, D] or null
-  const float* centroids;   // [16]
-  const float* boundaries;  // [15]
-  uint8_t* codes;           // of slot 0, head 0
-  uint8_t* norms;
-};
-
-// Row (token, head) goes to slot = slot_mapping[token], that is block slot / block_size:
-//   codes  side.codes + block * code_block_stride + slot % block_size * code_token_stride + head *
-//   ...
-// Dense arrays are blocks of one token and no slot_mapping.
-struct EncodeParams {
-  EncodeSide sides[2];
-  const int64_t* slot_mapping;                   // [tokens], negative = skip; null: slot = token
-  int64_t code_block_stride, norm_block_stride;  // bytes
-  int32_t code_token_stride, norm_token_stride;  // bytes; offsets inside a block fit in 32 bits
-  int32_t code_head_stride, norm_head_stride;
-  Divider heads;       // by the number of heads
-  Divider block;       // by block_size
-  int32_t num_rows;    // tokens * heads
-  int32_t num_sides;   // 2: even CTAs encode K, odd ones V
-  int32_t code_width;  // 16, 8 or 4: alignment of a row's codes
-  bool aligned_input;  // rows of x are 16-byte aligned
-  bool norm_correction;
-};
 
 template <typename T, int D>
 struct EncodeConfig {
@@ -593,7 +564,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
     encode_kernel(const __grid_constant__ EncodeParams p) {
   using Map = typename C::Map;
-  extern __shared__ uint4 s_dynamic[];
+  uint8_t* const s_dynamic = ptx::dynamic_shared();
   auto& s_rotation = *reinterpret_cast<typename C::Rotation*>(s_dynamic);
   __shared__ GroupTables s_groups;
   __shared__ float s_boundaries[kNumBoundaries + 1];

@@ -25,45 +25,16 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../device/common.cuh"
-#include "../device/fragment_map.cuh"
-#include "../device/rotation_fragments.cuh"
 #include "../layout.h"
-#include "../params.h"
 #include "../ptx/arith.cuh"
+#include "../ptx/dynamic_smem.cuh"
 #include "../ptx/mma.cuh"
+#include "common.cuh"
+#include "expand_params.h"
+#include "fragment_map.cuh"
+#include "rotation_fragments.cuh"
 
 namespace tq4 {
-
-// K or V.
-struct ExpandSide {
-  const uint8_t* codes;  // of slot 0, head 0
-  const uint8_t* norms;
-  const float* rotation;   // [D, D] or null
-  const float* centroids;  // [16]
-  uint8_t* out;            // row (token, head) at token_stride, head_stride bytes
-  int64_t token_stride, head_stride;
-};
-
-// Output token i of sequence s, the one with out_start_loc[s] <= i < out_start_loc[s + 1], is token
-// i - out_start_loc[s] of its pages.  Dense arrays are blocks of one token and no block_table.
-struct ExpandParams {
-  ExpandSide sides[2];
-  const int32_t* block_table;  // [num_seqs, block_table_stride]; null: block = output token
-  int64_t block_table_stride;
-  const int32_t* seq_lens;                       // [num_seqs]
-  const int32_t* out_start_loc;                  // [num_seqs + 1]
-  int64_t code_block_stride, norm_block_stride;  // bytes
-  int32_t code_token_stride, norm_token_stride;  // bytes; offsets inside a block fit in 32 bits
-  int32_t code_head_stride, norm_head_stride;
-  Divider heads;  // by the number of heads
-  Divider block;  // by block_size
-  int32_t num_seqs;
-  int32_t num_rows;     // output tokens * heads
-  int32_t num_sides;    // 2: even CTAs expand K, odd ones V
-  int32_t code_width;   // 16, 8 or 4: alignment of a row's codes
-  bool aligned_output;  // rows of out are 16-byte aligned
-};
 
 template <typename T, int D>
 struct ExpandConfig {
@@ -208,8 +179,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     expand_kernel(const __grid_constant__ ExpandParams p) {
   using Map = typename C::Map;
   using T = typename C::Element;
-  extern __shared__ uint4 s_dynamic[];
-  auto& s_rotation = *reinterpret_cast<typename C::Rotation*>(s_dynamic);
+  auto& s_rotation = *reinterpret_cast<typename C::Rotation*>(ptx::dynamic_shared());
   __shared__ uint32_t s_scratch;
 
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / kWarpSize), 0);
