@@ -22,6 +22,8 @@ from ..layout import NORM_EPSILON, PageView, code_bytes, page_view
 from ..triton_kernels.common import Pages
 from ..triton_kernels.configs import (
     MAX_DECODE_ROWS,
+    DecodeConfig,
+    PrefillConfig,
     decode_config,
     encode_config,
     expand_config,
@@ -78,6 +80,14 @@ def _sms(device: torch.device) -> int:
     return _cuda_sms(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def _options(config: PrefillConfig | DecodeConfig) -> dict[str, Any]:
+    """Compiler options of the main kernels."""
+    options: dict[str, Any] = {"num_warps": config.num_warps}
+    if config.maxnreg is not None:
+        options["maxnreg"] = config.maxnreg
+    return options
+
+
 def _wgmma(capability: tuple[int, int], block_m: int) -> bool:
     """Whether tl.dot becomes wgmma, which wants the other of the two loops in attention.py."""
     return capability[0] == 9 and block_m >= 64
@@ -127,7 +137,7 @@ def store_launches(
     """The launch of a store for a compute capability."""
     num_heads, head_dim = key.shape[1:]
     num_rows = slot_mapping.shape[0] * num_heads
-    config = encode_config(capability, head_dim, num_rows)
+    config = encode_config(capability, head_dim, num_rows, key.element_size())
     return [
         Launch(
             store_kernel,
@@ -207,7 +217,7 @@ def compress_launches(
     """The launch of a compress for a compute capability."""
     num_tokens, num_heads, head_dim = x.shape
     num_rows = num_tokens * num_heads
-    config = encode_config(capability, head_dim, num_rows)
+    config = encode_config(capability, head_dim, num_rows, x.element_size())
     return [
         Launch(
             compress_kernel,
@@ -498,7 +508,7 @@ def prefill_launches(
                 "WGMMA": _wgmma(capability, config.block_m),
                 "PTX": ptx,
             },
-            {"num_warps": config.num_warps},
+            _options(config),
         ),
     ]
 
@@ -649,7 +659,7 @@ def decode_launches(
             "WGMMA": _wgmma(capability, config.block_m),
             "PTX": ptx,
         },
-        {"num_warps": config.num_warps},
+        _options(config),
     )
     combine = Launch(
         combine_kernel,

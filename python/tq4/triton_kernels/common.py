@@ -462,8 +462,8 @@ def rotate_rows(
         if exact:
             scale = tl.full((ROWS,), 1.0, tl.float32)
         else:
-            x = tl.load(rows[:, None] + natural[None, :], mask=valid, other=0.0).to(tl.float32)
-            scale = power_of_two(tl.max(tl.abs(x), 1))
+            whole = tl.load(rows[:, None] + natural[None, :], mask=valid, other=0.0).to(tl.float32)
+            scale = power_of_two(tl.max(tl.abs(whole), 1))
         inverse = 1.0 / scale
         result = tl.zeros((ROWS, 2 * HALF), tl.float32)
         for first in tl.range(0, 2 * HALF, CHUNK, num_stages=1):
