@@ -9,5 +9,6 @@
 #include "layout.h"  // PageView of the two page layouts
 
 #include "kernels/decode.h"
+#include "kernels/gather.h"
 #include "kernels/prefill.h"
 #include "kernels/store.h"
