@@ -1,4 +1,4 @@
-"""The command line: ``tq4 demo`` and ``tq4 doctor``."""
+"""The command line: ``tq4 demo``, ``tq4 doctor`` and ``tq4 eval``."""
 
 from __future__ import annotations
 
@@ -142,6 +142,72 @@ def demo(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(module.to_json(result))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="A transformers model: a folder or a hub name.")],
+    text: Annotated[
+        list[Path], typer.Option(help="A text file; may be repeated.", exists=True, dir_okay=False)
+    ],
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 8192,
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows.")] = 4,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of one forward call.")] = 1024,
+    edge: Annotated[int, typer.Option(min=1, help="Layers at each end in 'edge layers dense'.")] = 1,
+    backends: Annotated[str, typer.Option(help="Compare these too, such as cuda,triton,reference.")] = "",
+    generate: Annotated[int, typer.Option(min=0, help="Tokens to generate from each prompt; 0: none.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to generate from.")] = 16,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    page: Annotated[int, typer.Option(help="Tokens per cache page, a multiple of 16.")] = 16,
+    dtype: Annotated[_DType, typer.Option(help="Type of the model.")] = _DType.bfloat16,
+    device: Annotated[_Device, typer.Option(help="auto: the GPU if there is one.")] = _Device.auto,
+    plot_file: Annotated[
+        Optional[Path],  # noqa: UP007, UP045
+        typer.Option("--plot", help="Draw the loss by position into this file.", dir_okay=False),
+    ] = None,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP007, UP045
+        typer.Option("--json", help="Also write the record to this file (or folder, under the GPU's name)."),
+    ] = None,
+) -> None:
+    """Perplexity and agreement of a language model on a TQ4 cache, against dense and other 4-bit caches.
+
+    Needs transformers: pip install tq4[transformers].
+    """
+    try:
+        import torch
+
+        from .integrations import evaluate as module
+
+        chosen = device.value
+        if device is _Device.auto:
+            chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        settings = module.Settings(
+            model=model,
+            text=text,
+            window=window,
+            windows=windows,
+            chunk=chunk,
+            edge=edge,
+            backends=[name.strip() for name in backends.split(",") if name.strip()],
+            generate=generate,
+            prompts=prompts,
+            prompt=prompt,
+            page=page,
+            dtype=dtype.value,
+            device=chosen,
+        )
+        if plot_file is not None:
+            import matplotlib  # noqa: F401  (missing: say so before the work, not after it)
+        result = module.run(settings)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        typer.echo(f"tq4 eval: {error}", err=True)
+        raise typer.Exit(1) from None
+    module.show(result)
+    if plot_file is not None:
+        module.plot(result, plot_file)
+    if json_file is not None:
+        typer.echo(f"record: {module.write(result, json_file)}")
 
 
 def main() -> None:

@@ -1,0 +1,530 @@
+"""What a TQ4 cache costs a language model: the work behind ``tq4 eval``.
+
+Windows of text are fed in chunks to the model with each kind of cache side by side; each token's
+log-probability and each position's most likely next token are compared with those of the dense cache.  Then
+some tokens are decoded one by one for their time, and continuations are generated greedily.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import DynamicCache, QuantizedCache
+
+import tq4
+
+from .transformers import TQ4Cache
+
+DENSE, TQ4 = "dense", "TQ4"
+#: Tokens fed one by one for the time of decoding, and before that to warm up.
+_DECODE_TOKENS, _WARM_TOKENS = 32, 4
+_BINS = 16
+_BYTE_VOCABULARY = 256
+
+
+@dataclass
+class Settings:
+    """What to evaluate.
+
+    Attributes:
+        model: a folder (or hub name) that ``AutoModelForCausalLM.from_pretrained`` loads.
+        text: files, read one after the other.
+        window: tokens of a window; each begins with an empty cache.
+        windows: at most so many.
+        chunk: tokens of one forward call.
+        edge: layers at each end that the variant "edge layers dense" keeps dense.
+        backends: one more TQ4 row for each.
+        generate, prompts, prompt: tokens to generate, number of prompts and their length; 0 tokens: none.
+        page: tokens of a page.
+        dtype, device: "float16" or "bfloat16"; "cuda" or "cpu".
+    """
+
+    model: str
+    text: list[Path]
+    window: int = 8192
+    windows: int = 4
+    chunk: int = 1024
+    edge: int = 1
+    backends: list[str] = field(default_factory=list)
+    generate: int = 256
+    prompts: int = 16
+    prompt: int = 512
+    page: int = 16
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+
+
+@dataclass
+class Variant:
+    """One kind of cache, and what came of it."""
+
+    name: str
+    attention: str
+    make: Callable[[int], Any]
+    nats: float = 0.0
+    agreement: float = 1.0
+    agreement_with_tq4: float | None = None
+    cache_bytes: int = 0
+    prefill_us: float = 0.0
+    decode_ms: float = 0.0
+    greedy_same: float | None = None
+    greedy_prefix: float | None = None
+    by_position: list[float] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list, repr=False)  # of each window
+    choices: list[torch.Tensor] = field(default_factory=list, repr=False)  # of each chunk
+    seconds: float = 0.0
+
+
+@dataclass
+class Result:
+    """All variants, and what they were measured on; losses are in nats per ``unit``."""
+
+    settings: Settings
+    unit: str
+    scored: int
+    shape: dict[str, int]
+    environment: dict[str, Any]
+    variants: list[Variant]
+    missing: list[str]
+
+
+def run(settings: Settings, console: Console | None = None) -> Result:
+    """Evaluate, with a progress bar.
+
+    Raises:
+        ValueError: a setting, or a model without a tokenizer that is not byte-level.
+        RuntimeError: no GPU, or a requested backend that cannot run.
+    """
+    _check(settings)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
+    model = model.to(settings.device).eval()
+    ids, bytes_per_token = _tokens(settings, model)
+    windows = _windows(ids, settings)
+    variants, missing = _variants(settings, model)
+    steps = sum(-(-window.numel() // settings.chunk) for window in windows)
+    rounds = steps + 1 + bool(settings.generate)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with torch.no_grad(), Progress(*columns, console=console or Console(stderr=True)) as progress:
+        task = progress.add_task("warm up", total=rounds * len(variants))
+        for variant in variants:
+            _warm_up(model, variant, windows[0], settings)
+        for number, window in enumerate(windows, 1):
+            caches = _score(model, variants, window, settings, progress, task, f"window {number}")
+        for variant, cache in zip(variants, caches, strict=True):
+            progress.update(task, description=f"decode, {variant.name}")
+            _decode(model, variant, cache, windows[-1], settings)
+            progress.advance(task)
+        del caches
+        if settings.generate:
+            _generate(model, variants, ids, settings, progress, task)
+    _summarise(variants, bytes_per_token)
+    config = model.config.get_text_config(decoder=True)
+    shape = {
+        "hq": config.num_attention_heads,
+        "hkv": config.num_key_value_heads,
+        "d": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "layers": config.num_hidden_layers,
+    }
+    return Result(
+        settings=settings,
+        unit="byte",
+        scored=sum(window.numel() - 1 for window in windows),
+        shape=shape,
+        environment=environment(settings.device),
+        variants=variants,
+        missing=missing,
+    )
+
+
+def _check(settings: Settings) -> None:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "device: torch sees no CUDA GPU; --device cpu is slow, for small models and windows"
+        )
+    for name in ("window", "windows", "chunk", "prompts", "prompt"):
+        if getattr(settings, name) < (2 if name == "window" else 1):
+            raise ValueError(f"{name}: expected a positive number, got {getattr(settings, name)}")
+    if not settings.text:
+        raise ValueError("text: expected at least one file")
+    for backend in settings.backends:
+        ok, reason = tq4.dispatch.availability(backend, torch.device(settings.device))
+        if not ok:
+            raise RuntimeError(f"backends: {backend} cannot run: {reason}")
+
+
+def _tokens(settings: Settings, model: PreTrainedModel) -> tuple[torch.Tensor, float]:
+    """Token ids of the text, and bytes a token; a model of 256 tokens without a tokenizer reads bytes."""
+    data = b"".join(Path(path).read_bytes() for path in settings.text)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if model.get_input_embeddings().num_embeddings != _BYTE_VOCABULARY:
+            raise ValueError(f"model: it has no tokenizer that loads ({error})") from None
+        ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+    else:
+        ids = tokenizer(data.decode("utf-8", "replace"), return_tensors="pt").input_ids[0]
+    if ids.numel() < 2:
+        raise ValueError("text: expected at least two tokens")
+    return ids.to(settings.device), len(data) / ids.numel()
+
+
+def _windows(ids: torch.Tensor, settings: Settings) -> list[torch.Tensor]:
+    whole = [w for w in ids.split(settings.window) if w.numel() == settings.window]
+    return (whole or [ids])[: settings.windows]
+
+
+def _variants(settings: Settings, model: PreTrainedModel) -> tuple[list[Variant], list[str]]:
+    def tq4_variant(name: str, **options: Any) -> Variant:
+        def make(length: int) -> TQ4Cache:
+            return TQ4Cache(model, page_size=settings.page, max_length=length, **options)
+
+        return Variant(name, "tq4", make)
+
+    variants = [
+        Variant(DENSE, "sdpa", lambda length: DynamicCache(config=model.config)),
+        tq4_variant(TQ4),
+        tq4_variant("TQ4, norm correction", norm_correction=True),
+        tq4_variant("TQ4, edge layers dense", dense_first=settings.edge, dense_last=settings.edge),
+        tq4_variant("TQ4, first chunk dense", first_chunk="dense"),
+        tq4_variant("TQ4, fp16 scores", int8=False),
+    ]
+    variants += [tq4_variant(f"TQ4, {backend} backend", backend=backend) for backend in settings.backends]
+    missing = []
+    for backend, package, axes in (("quanto", "optimum.quanto", 0), ("hqq", "hqq", 1)):
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            missing.append(package)
+            continue
+        options = {"nbits": 4, "axis_key": axes, "axis_value": axes}
+
+        def make(length: int, backend: str = backend, options: dict[str, int] = options) -> QuantizedCache:
+            return QuantizedCache(backend=backend, config=model.config, **options)
+
+        variants.append(Variant(f"{backend}, 4 bits", "sdpa", make))
+    return variants, missing
+
+
+def _forward(model: PreTrainedModel, variant: Variant, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of ids [T] after what the cache holds, timed."""
+    model.set_attn_implementation(variant.attention)
+    _synchronise(ids.device)
+    start = time.perf_counter()
+    logits = model(ids[None], past_key_values=cache, use_cache=True).logits[0]
+    _synchronise(ids.device)
+    variant.seconds += time.perf_counter() - start
+    return logits
+
+
+def _warm_up(model: PreTrainedModel, variant: Variant, window: torch.Tensor, settings: Settings) -> None:
+    """Compile what compiles, so that it is not timed."""
+    cache = variant.make(_capacity(settings))
+    for part in (window[: settings.chunk], window[: settings.chunk], window[:1]):
+        if cache.get_seq_length() + part.numel() <= settings.window:
+            _forward(model, variant, cache, part)
+    variant.seconds = 0.0
+
+
+def _capacity(settings: Settings) -> int:
+    return settings.window + _WARM_TOKENS + _DECODE_TOKENS
+
+
+def _score(
+    model: PreTrainedModel,
+    variants: list[Variant],
+    window: torch.Tensor,
+    settings: Settings,
+    progress: Progress,
+    task: Any,
+    title: str,
+) -> list[Any]:
+    """Losses and choices of all variants on one window; returns the full caches."""
+    caches = [variant.make(_capacity(settings)) for variant in variants]
+    losses: list[list[torch.Tensor]] = [[] for _ in variants]
+    for first in range(0, window.numel(), settings.chunk):
+        part = window[first : first + settings.chunk]
+        targets = window[first + 1 : first + 1 + part.numel()]
+        for variant, cache, parts in zip(variants, caches, losses, strict=True):
+            progress.update(task, description=f"{title}, {variant.name}")
+            logits = _forward(model, variant, cache, part)[: targets.numel()].float()
+            parts.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu())
+            variant.choices.append(logits.argmax(-1).cpu())
+            progress.advance(task)
+    for variant, cache, parts in zip(variants, caches, losses, strict=True):
+        variant.losses.append(torch.cat(parts))
+        variant.cache_bytes = cache_bytes(cache, window.numel())
+    return caches
+
+
+def _decode(
+    model: PreTrainedModel, variant: Variant, cache: Any, window: torch.Tensor, settings: Settings
+) -> None:
+    """Time of one token after a whole window."""
+    # The time of all windows so far is that of their prefill.
+    variant.prefill_us = 1e6 * variant.seconds / sum(losses.numel() + 1 for losses in variant.losses)
+    for i in range(_WARM_TOKENS):
+        _forward(model, variant, cache, window[i : i + 1])
+    variant.seconds = 0.0
+    for i in range(_DECODE_TOKENS):
+        _forward(model, variant, cache, window[i : i + 1])
+    variant.decode_ms = 1e3 * variant.seconds / _DECODE_TOKENS
+
+
+def _generate(
+    model: PreTrainedModel,
+    variants: list[Variant],
+    ids: torch.Tensor,
+    settings: Settings,
+    progress: Progress,
+    task: Any,
+) -> None:
+    """Greedy continuations of prompts spread over the text, compared with those of the dense cache."""
+    length = min(settings.prompt, max(1, ids.numel() // 2))
+    starts = torch.linspace(0, ids.numel() - length, settings.prompts).long().tolist()
+    prompts = torch.stack([ids[start : start + length] for start in starts])
+    expected = None
+    for variant in variants:
+        progress.update(task, description=f"generate, {variant.name}")
+        model.set_attn_implementation(variant.attention)
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            past_key_values=variant.make(length + settings.generate),
+            max_new_tokens=settings.generate,
+            min_new_tokens=settings.generate,
+            do_sample=False,
+            pad_token_id=0,
+        )[:, length:]
+        expected = out if expected is None else expected
+        same = out == expected
+        variant.greedy_same = float(same.float().mean())
+        variant.greedy_prefix = float(same.long().cumprod(1).sum(1).float().mean())
+        progress.advance(task)
+
+
+def _summarise(variants: list[Variant], bytes_per_token: float) -> None:
+    """Means of what was collected; losses per byte."""
+    dense, default = variants[0], variants[1]
+    for variant in variants:
+        losses, choices = torch.cat(variant.losses), torch.cat(variant.choices)
+        variant.nats = float(losses.double().mean()) / bytes_per_token
+        variant.agreement = float((choices == torch.cat(dense.choices)).float().mean())
+        if variant.attention == "tq4":
+            variant.agreement_with_tq4 = float((choices == torch.cat(default.choices)).float().mean())
+        # By position in the window: where the cost of the cache grows with the context, it shows.
+        mean = torch.stack(variant.losses).double().mean(0)
+        variant.by_position = [float(part.mean()) / bytes_per_token for part in mean.chunk(_BINS)]
+
+
+def cache_bytes(cache: Any, tokens: int) -> int:
+    """Bytes that a cache of some tokens holds: of a TQ4Cache the pages in use, of others all their "
+    "tensors."""
+    if isinstance(cache, TQ4Cache):
+        total = 0
+        for layer in cache.layers:
+            pool = getattr(layer, "pool", None)
+            if pool is None:
+                total += _tensor_bytes([getattr(layer, "keys", None), getattr(layer, "values", None)])
+            else:
+                pages = -(-tokens // pool.block_size)
+                total += pages * pool.nbytes // pool.num_blocks
+        return total
+    return sum(_tensor_bytes(list(vars(layer).values())) for layer in cache.layers)
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers, and of the parts of wrapper tensors."""
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.nbytes
+    if isinstance(value, dict):
+        return _tensor_bytes(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_tensor_bytes, value))
+    return 0
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- Showing and recording.
+
+
+def show(result: Result, console: Console | None = None) -> None:
+    """Print one table."""
+    settings, dense = result.settings, result.variants[0]
+    table = Table(
+        title=f"{Path(settings.model).name}: {result.scored} tokens in windows of {settings.window}, chunks "
+        f"of {settings.chunk}; {result.environment['gpu']}, {settings.dtype}",
+        title_justify="left",
+    )
+    heads = ["cache", f"nats/{result.unit}", "vs dense", "agreement", "cache", "prefill", "decode"]
+    heads += ["greedy same", "until"] if settings.generate else []
+    for head in heads:
+        table.add_column(head, justify="left" if head == "cache" and not table.columns else "right")
+    for variant in result.variants:
+        cells = [
+            variant.name,
+            f"{variant.nats:.4f}",
+            "" if variant is dense else f"{100 * (variant.nats / dense.nats - 1):+.2f} %",
+            "" if variant is dense else f"{variant.agreement:.4f}",
+            f"{variant.cache_bytes / 2**20:.1f} MiB, {dense.cache_bytes / variant.cache_bytes:.2f}x",
+            f"{variant.prefill_us:.2f} us/token",
+            f"{variant.decode_ms:.2f} ms/token",
+        ]
+        if settings.generate:
+            cells += (
+                ["", ""]
+                if variant is dense
+                else [f"{variant.greedy_same:.3f}", f"{variant.greedy_prefix:.0f}"]
+            )
+        table.add_row(*cells)
+    console = console or Console()
+    console.print(table)
+    console.print(
+        "agreement: next-token argmax, given the same text. greedy same, until: equal tokens, and tokens "
+        "until the "
+        f"first difference, of {settings.generate} generated.",
+        highlight=False,
+    )
+    for variant in result.variants[2:]:
+        if variant.name.endswith(("backend", "scores")):
+            console.print(
+                f"{variant.name}: agrees with TQ4 on {variant.agreement_with_tq4:.4f}, nats "
+                f"{100 * (variant.nats / result.variants[1].nats - 1):+.3f} %",
+                highlight=False,
+            )
+    for package in result.missing:
+        console.print(f"{package} is not installed: its 4-bit cache is not compared", highlight=False)
+
+
+def plot(result: Result, path: Path) -> None:
+    """Loss relative to the dense cache by position in the window.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dense = result.variants[0]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    step = result.settings.window / len(dense.by_position)
+    for variant in result.variants[1:]:
+        change = [100 * (a / b - 1) for a, b in zip(variant.by_position, dense.by_position, strict=True)]
+        axes.plot(
+            [step * (i + 0.5) for i in range(len(change))], change, marker="o", ms=3, label=variant.name
+        )
+    axes.axhline(0.0, color="black", lw=0.8)
+    axes.set_xlabel("position in the window, tokens")
+    axes.set_ylabel(f"nats/{result.unit} relative to the dense cache, %")
+    axes.set_title(f"{Path(result.settings.model).name}, {result.environment['gpu']}")
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write(result: Result, path: Path) -> Path:
+    """Write the record, in the form of the benchmark records; a folder gets ``<gpu>-transformers.json``.
+
+    A row's ``ms`` and ``gbps`` are those of decoding one token, all layers: gbps counts the cache's bytes.
+    """
+    if path.is_dir():
+        path = path / f"{_slug(result.environment['gpu'])}-transformers.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = asdict(result.settings) | {"model": Path(result.settings.model).name}
+    settings["text"] = [Path(name).name for name in result.settings.text]
+    head = result.environment | {"settings": settings, "unit": result.unit, "scored": result.scored}
+    rows = [json.dumps(_row(result, variant)) for variant in result.variants]
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    path.write_text("{\n" + ",\n".join(lines) + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
+    return path
+
+
+def _row(result: Result, variant: Variant) -> dict[str, Any]:
+    settings = result.settings
+    row = {
+        "op": "transformers",
+        "impl": variant.name,
+        **result.shape,
+        "dtype": settings.dtype,
+        "batch": 1,
+        "q_len": 1,
+        "kv_len": settings.window,
+        "page": settings.page,
+        "ms": variant.decode_ms,
+        "gbps": variant.cache_bytes / variant.decode_ms / 1e6,
+    }
+    names = "nats agreement agreement_with_tq4 cache_bytes prefill_us greedy_same greedy_prefix by_position"
+    return row | {name: getattr(variant, name) for name in names.split()}
+
+
+def environment(device: str) -> dict[str, Any]:
+    """GPU (or the CPU), driver, versions, date, and the hash of the sources where this is a checkout."""
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "driver": _driver() if device == "cuda" else "none",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "source_hash": _source_hash(),
+    }
+
+
+def _source_hash() -> str:
+    script = Path(tq4.__file__).resolve().parents[2] / "benchmarks" / "record.py"
+    if not script.is_file():
+        return f"tq4 {_version('tq4')}, installed"
+    spec = importlib.util.spec_from_file_location("_tq4_record", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.source_hash()
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()[
+            0
+        ]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def _slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-") or "gpu"
