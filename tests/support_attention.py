@@ -515,8 +515,10 @@ def _attend(problem: Problem, q, k, v, seen, mode: str):
     if quant.k_rotation is not None:
         q = q @ quant.k_rotation.to(dtype).T
     if mode == "recipe":
-        scale = q.abs().amax(-1, keepdim=True) / 127
-        q = torch.where(scale > 0, q / scale, 0.0).round().clamp(-127, 127) * scale
+        # In fp32, as the contract says: rows of fp16 values hit exact ties, which a wider quotient breaks.
+        q32 = q.float()
+        scale = q32.abs().amax(-1, keepdim=True) / 127
+        q = (torch.where(scale > 0, q32 / scale, 0.0).round().clamp(-127, 127) * scale).to(dtype)
     grouped = q.unflatten(1, (case.kv_heads, case.group)).permute(1, 2, 0, 3)  # [Hkv, group, T, D]
     scores = grouped.flatten(1, 2) @ k.permute(1, 2, 0) * case.scale
     scores = scores.unflatten(1, (case.group, -1))  # [Hkv, group, T, L]
