@@ -1,8 +1,8 @@
 """The Triton backend: the ops on any NVIDIA GPU from sm_80 on, without a compiler at install time.
 
-Each op builds its :class:`Launch` objects (kernel, grid, arguments) from host-known shapes only and runs them:
-nothing here reads a CUDA tensor, so every op can be captured in a CUDA graph.  On CPU tensors the same kernels
-run in Triton's interpreter (``TRITON_INTERPRET=1``), which the tests use.
+Each op builds its :class:`Launch` objects (kernel, grid, arguments) from host-known shapes only and runs
+them: nothing here reads a CUDA tensor, so every op can be captured in a CUDA graph.  On CPU tensors the same
+kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which the tests use.
 """
 
 from __future__ import annotations
@@ -453,7 +453,7 @@ def prefill_launches(
     capability: tuple[int, int],
     ptx: bool,
 ) -> list[Launch]:
-    """The launches of a prefill for a compute capability; ``ptx``: use inline PTX (not in the interpreter)."""
+    """The launches of a prefill for a compute capability; ``ptx``: with inline PTX (not interpreted)."""
     num_tokens, num_q_heads, head_dim = q.shape
     num_seqs = seq_lens.shape[0]
     group = num_q_heads // num_kv_heads
@@ -591,7 +591,7 @@ def decode_launches(
     num_sms: int,
     ptx: bool,
 ) -> list[Launch]:
-    """The launches of a decode; max_query_len times the query heads per KV head is at most MAX_DECODE_ROWS."""
+    """The launches of a decode of at most MAX_DECODE_ROWS query rows per sequence and KV head."""
     num_tokens, num_q_heads, head_dim = q.shape
     num_seqs = seq_lens.shape[0]
     group = num_q_heads // num_kv_heads

@@ -2,27 +2,29 @@
 
 Code words of the next tile are fetched into registers before the current one is worked on:
 
-    [3] scores      nibbles -> k8 (or fp16 centroids); S = q . k on tensor cores; the norm is a column factor
+    [3] scores      nibbles -> k8 (or fp16 centroids); S = q . k on tensor cores; norms are column factors
     [4] mask        length, window, diagonal
     [5] softmax     running maximum, base 2
     [6] values      nibbles -> V' = fp16(fp16(c) * n); O += P V'
 
-The int32 accumulator starts at the bits of 12582912.0f, so that the finished sum read as a float is 12582912 +
-q8 . k8 and one multiply-add by the norm replaces a conversion and a multiplication: conversions share the
-narrow pipe of the exponentials.  The rounding of 12582912 * norm is the same for every row of a column.
+The int32 accumulator starts at the bits of 12582912.0f, so that the finished sum read as a float is
+12582912 + q8 . k8 and one multiply-add by the norm replaces a conversion and a multiplication: conversions
+share the narrow pipe of the exponentials.  The rounding of 12582912 * norm is the same for every row of a
+column.
 
-Two shapes of the same loop.  With wgmma (sm_90, at least 64 rows) the expanded tile goes to shared memory right
-before its product, and masks sit behind a branch.  With mma.sync the compiler chooses operand layouts by looking
-backwards from a product: it must find neither the joins of the expansion (it would guess packed storage, widen
-the operands and send P through shared memory) nor a branch between the two products (it would not see that the
-second follows the first).  So there a tile is expanded one iteration ahead and masks are always applied.
+Two shapes of the same loop.  With wgmma (sm_90, at least 64 rows) the expanded tile goes to shared memory
+right before its product, and masks sit behind a branch.  With mma.sync the compiler chooses operand layouts
+by looking backwards from a product: it must find neither the joins of the expansion (it would guess packed
+storage, widen the operands and send P through shared memory) nor a branch between the two products (it would
+not see that the second follows the first).  So there a tile is expanded one iteration ahead and masks are
+always applied.
 
 What only reading the machine code showed (tests/triton_sass.py), for a 128 x 64 step of 8 warps on sm_90:
-  - addresses are built from groups of 16 tokens: one page lookup and immediate offsets serve a group; a lookup
-    per token costs 300 instructions a thread of 950;
+  - addresses are built from groups of 16 tokens: one page lookup and immediate offsets serve a group; a
+    lookup per token costs 300 instructions a thread of 950;
   - code words travel through the loop as 32-bit words: bytes would be split and merged at its edges;
-  - queries are read from memory: rotated in the same kernel, the compiler would keep the product's registers
-    and shuffle them into operand order in every iteration;
+  - queries are read from memory: rotated in the same kernel, the compiler would keep the product in
+    registers and shuffle it into operand order in every iteration;
   - one loop with a branch around the masks: with separate loops each norm is loaded in two layouts.
 """
 

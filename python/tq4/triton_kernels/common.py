@@ -11,14 +11,15 @@ with HALF = D / 2 rounded up to a power of two (columns with ``c % HALF >= D / 2
 zeros).  The order is undone for free by loading the rows of a rotation matrix in it, or by one register
 permutation (:func:`interleave`) where there is no rotation.
 
-Nibble expansion.  A 16-entry table lookup by ``prmt.b32`` (:data:`LOOKUP_BYTES_PTX`, :data:`LOOKUP_HALVES_PTX`):
-a gather from memory per element is what makes table-based attention kernels slow.  Selector field i of a
-``prmt`` picks one of 8 bytes, so 16 entries take two lookups and one selecting ``prmt``; four nibbles are
-looked up at a time.  Each asm block is truly elementwise (output element i depends on input byte i only), so
-the compiler may assign bytes to threads as it likes.  Without PTX (the interpreter) a table load does the same.
+Nibble expansion.  A 16-entry table lookup by ``prmt.b32`` (:data:`LOOKUP_BYTES_PTX`,
+:data:`LOOKUP_HALVES_PTX`): a gather from memory per element is what makes table-based attention kernels slow.
+Selector field i of a ``prmt`` picks one of 8 bytes, so 16 entries take two lookups and one selecting
+``prmt``; four nibbles are looked up at a time.  Each asm block is truly elementwise (output element i depends
+on input byte i only), so the compiler may assign bytes to threads as it likes.  Without PTX (the interpreter)
+a table load does the same.
 
-fp16 products with fp32 accuracy.  Rotations multiply with fp16 tensor-core products and fp32 accumulation: a
-matrix entry is split into high + low fp16 parts (22 bits), and an input that is not fp16 is scaled by an
+fp16 products with fp32 accuracy.  Rotations multiply with fp16 tensor-core products and fp32 accumulation:
+a matrix entry is split into high + low fp16 parts (22 bits), and an input that is not fp16 is scaled by an
 exact power of two per row first (bf16 then fits), and split alike (fp32).
 """
 
@@ -169,8 +170,8 @@ def power_of_two(x):
 def first_slot(starts, seq, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """First tile slot of a sequence: starts[seq] * GROUP rows come before it, in tiles of BLOCK rows.
 
-    floor(rows before / BLOCK) + seq leaves every sequence room for ceil(its rows / BLOCK) tiles, so that slots
-    never overlap and their number, floor(all rows / BLOCK) + num_seqs, follows from host-known shapes.
+    floor(rows before / BLOCK) + seq leaves every sequence room for ceil(its rows / BLOCK) tiles, so that
+    slots never overlap and their number, floor(all rows / BLOCK) + num_seqs, follows from host-known shapes.
     """
     return (tl.load(starts + seq).to(tl.int64) * GROUP // BLOCK).to(tl.int32) + seq
 
@@ -273,9 +274,9 @@ def bytes_of(words):
 def _word(b0, b1, b2, b3):
     """Four bytes as a table word in an ordinary register.
 
-    The word is the same in all threads.  Where registers are scarce ptxas moves such values to uniform registers,
-    which prmt cannot read, and copies them back for every use (120 moves per step of the decode loop).  It
-    does not see through the exchange with a neighbour below, so the word counts as divergent.
+    The word is the same in all threads.  Where registers are scarce ptxas moves such values to uniform
+    registers, which prmt cannot read, and copies them back for every use (120 moves per step of the decode
+    loop).  It does not see through the exchange with a neighbour below, so the word counts as divergent.
     """
     word = (b0 | (b1 << 8) | (b2 << 16) | (b3 << 24)).to(tl.uint32, bitcast=True)
     return tl.inline_asm_elementwise(
@@ -322,7 +323,7 @@ def _code_word(codes, i: tl.constexpr):
 
 @triton.jit
 def half_scale(centroids):
-    """The power of two that brings the largest |centroid| into [1, 2): fp16 tables hold centroid / half_scale."""
+    """The power of two p with max|centroid| in [p, 2p): fp16 tables hold centroid / p."""
     largest = tl.abs(tl.load(centroids))
     for i in tl.static_range(1, 16):
         largest = tl.maximum(largest, tl.abs(tl.load(centroids + i)))
@@ -497,7 +498,7 @@ def store_rotated(
     CHUNK: tl.constexpr,
     ROTATION_SCALE: tl.constexpr,
 ):
-    """[7] rotate back: x fp32 [ROWS, even | odd] @ R to the rows' pointers (x itself where rotation is None)."""
+    """[7] rotate back: x @ R of x fp32 [ROWS, even | odd] to the rows' pointers (rotation None: x itself)."""
     dtype: tl.constexpr = out_rows.dtype.element_ty
     if rotation is None:
         column = tl.arange(0, 2 * HALF)
@@ -530,7 +531,7 @@ def rotate_back_exact(
     CHUNK: tl.constexpr,
     ROTATION_SCALE: tl.constexpr,
 ):
-    """Columns first .. first + CHUNK - 1 of x @ R with fp32 accuracy, for x fp32 [ROWS, even | odd], |x| < 2."""
+    """Columns first .. first + CHUNK - 1 of x @ R, to fp32 accuracy; x fp32 [ROWS, even | odd], |x| < 2."""
     dim = dims(HALF)
     column = first + tl.arange(0, CHUNK)
     r = tl.load(

@@ -1,8 +1,9 @@
 """Launch configurations: one table per kernel and architecture.
 
-The numbers are tile sizes, warps and register caps; they change speed, and results only by rounding.  They are
-bounded by shared memory (228 KB an SM on sm_90 and sm_100, 164 KB on sm_80, 100 KB on sm_86, sm_89 and sm_120)
-and by the 65,536 registers of an SM; tests/test_triton_compile.py compiles a selection and fails on spills.
+The numbers are tile sizes, warps and register caps; they change speed, and results only by rounding.  They
+are bounded by shared memory (228 KB an SM on sm_90 and sm_100, 164 KB on sm_80, 100 KB on sm_86, sm_89 and
+sm_120) and by the 65,536 registers of an SM; tests/test_triton_compile.py compiles a selection and fails on
+spills.
 """
 
 from __future__ import annotations

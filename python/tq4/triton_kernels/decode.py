@@ -6,11 +6,11 @@ Three launches, with grids from host-known shapes:
     split       a fixed number of programs share all units of a KV head equally, whatever the lengths
     combine     one program for each (sequence, KV head) adds up its partial results and rotates back
 
-Work units.  Sequence s is worth  tiles(s) + 1  units, a tile being BLOCK_N visible keys and the one unit the cost
-of starting on a sequence; empty queries are worth none.  With W units in all and E shares, share i of every KV
-head walks the units [i W / E, (i + 1) W / E): a long sequence is cut into many shares, short ones are packed
-into one.  The heads of one share run side by side, so that the pages they have in common are read once into the
-L2 cache.  E is the number of programs the GPU holds, or less where shares would get too small.
+Work units.  Sequence s is worth  tiles(s) + 1  units, a tile being BLOCK_N visible keys and the one unit the
+cost of starting on a sequence; empty queries are worth none.  With W units in all and E shares, share i of
+every KV head walks the units [i W / E, (i + 1) W / E): a long sequence is cut into many shares, short ones
+are packed into one.  The heads of one share run side by side, so that the pages they have in common are read
+once into the L2 cache.  E is the number of programs the GPU holds, or less where shares would get too small.
 
 Partial results of (share i, sequence s) go to slot i + s: walking the units in order, either the share or the
 sequence advances from one piece of work to the next, so slots never collide and those of one sequence are
@@ -74,7 +74,10 @@ def _plan(seq_lens, query_start_loc, units, num_seqs, window_left, BLOCK_N: tl.c
         total += tl.sum(worth, 0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_seqs", "window_left"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_seqs", "window_left"],
+    do_not_specialize_on_alignment=["seq_lens", "query_start_loc"],
+)
 def prepare_kernel(
     q,
     rotation,
@@ -122,7 +125,8 @@ def prepare_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "num_seqs", "max_shares", "max_rows", "window_left", "window_right"]
+    do_not_specialize=["table_stride", "num_seqs", "max_shares", "max_rows", "window_left", "window_right"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
 )
 def split_kernel(
     queries,
@@ -271,7 +275,10 @@ def split_kernel(
         seq += 1
 
 
-@triton.jit(do_not_specialize=["lse_stride", "num_seqs", "max_shares", "max_rows"])
+@triton.jit(
+    do_not_specialize=["lse_stride", "num_seqs", "max_shares", "max_rows"],
+    do_not_specialize_on_alignment=["query_start_loc"],
+)
 def combine_kernel(
     partial_out,
     partial_sums,

@@ -90,7 +90,7 @@ def _encode(
     return codes, norm
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slot_mapping"])
 def store_kernel(
     key,
     value,
@@ -215,7 +215,7 @@ def compress_kernel(
     EPSILON: tl.constexpr,
     CORRECTION: tl.constexpr,
 ):
-    """Encode x [N, NUM_HEADS, D] into packed uint8 [num_rows, D / 2] and norms fp32 [num_rows], contiguous."""
+    """Encode x [N, NUM_HEADS, D] into contiguous packed uint8 [num_rows, D / 2] and norms fp32 [num_rows]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < num_rows
     token = (row // NUM_HEADS).to(tl.int64)

@@ -58,7 +58,10 @@ def _store_decoded(
             tl.store(out_rows[:, None] + column[None, :], rotated.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_seqs", "total"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_seqs", "total"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "out_start_loc"],
+)
 def gather_kernel(
     cache,
     block_table,
@@ -137,7 +140,7 @@ def decompress_kernel(
     ROTATION_SCALE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """Decode packed uint8 [num_rows, D / 2] and norms fp32 [num_rows] to out [num_rows, D], all contiguous."""
+    """Decode packed uint8 [num_rows, D / 2] and norms fp32 [num_rows] to out [num_rows, D] (contiguous)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < num_rows
     at = tl.where(valid, row, 0).to(tl.int64)

@@ -1,16 +1,17 @@
 """Prefill: variable-length batches of queries over paged TQ4.
 
-Work split.  The query heads of a KV head share its keys, so a tile is BLOCK_M rows of one (sequence, KV head),
-row r being token r // GROUP and head r % GROUP of the group: any group size fills the tile, and a token's
-heads may fall into two tiles.  One program owns one tile and walks its keys BLOCK_N tokens at a time.
+Work split.  The query heads of a KV head share its keys, so a tile is BLOCK_M rows of one (sequence,
+KV head), row r being token r // GROUP and head r % GROUP of the group: any group size fills the tile, and a
+token's heads may fall into two tiles.  One program owns one tile and walks its keys BLOCK_N tokens at a time.
 
-    grid      (tile slots) x (KV heads), KV head fastest; the last tiles of a sequence, which see most keys under
-              a causal mask, start first
+    grid      (tile slots) x (KV heads), KV head fastest; the last tiles of a sequence, which see most keys
+              under a causal mask, start first
     slots     sequence s owns the slots from  floor(start_s * GROUP / BLOCK_M) + s  on; they never overlap,
               whatever the lengths, so the grid follows from host-known shapes and a program finds its
               sequence by bisection in query_start_loc.  Slots without a tile return at once.
 
-Steps [1] rotate and [2] quantise are queries.py, [3] to [6] the loop of attention.py, [7] rotate back is here.
+Steps [1] rotate and [2] quantise are queries.py, [3] to [6] the loop of attention.py; [7] rotate back is
+here.
 
 Supported: sm_80 and later.  int8 products are IGMMA on sm_90, mma.sync elsewhere.
 """
@@ -42,7 +43,9 @@ from .common import (
         "num_slots",
         "window_left",
         "window_right",
-    ]
+    ],
+    # Slices of index tensors start anywhere: not a reason to compile again.
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
 )
 def prefill_kernel(
     queries,

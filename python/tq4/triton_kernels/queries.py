@@ -6,8 +6,8 @@ more to load than a row; so this is a launch of its own that leaves rows ready f
     INT8   q8 = round(q_rot / s) in [-127, 127], s = max|q_rot| / 127 for each row     row_scale = s
     fp16   q_rot / p, p the power of two with max|q_rot| in [p, 2p)                    row_scale = p
 
-The power of two keeps bf16 queries of any magnitude inside fp16's range and costs no accuracy.  Columns are in
-the "even | odd" order of common.py, padding columns are zeros.
+The power of two keeps bf16 queries of any magnitude inside fp16's range and costs no accuracy.  Columns are
+in the "even | odd" order of common.py, padding columns are zeros.
 """
 
 from __future__ import annotations
