@@ -1,8 +1,10 @@
 // The rotation matrix in shared memory, and rows of q as fp16 A fragments.
 //
 // q_rot = q @ R^T and out = O @ R are small dense products on the tensor cores: fp16 operands,
-// fp32 accumulation.  R is rounded to fp16 (relative error 2^-12 an entry, random in sign): about
-// 1.4e-4 of a row, a tenth of what INT8 quantisation of q adds.
+// fp32 accumulation.  For the output, R is rounded to fp16 (relative error 2^-12 an entry, random
+// in sign: about 1.4e-4 of a row).  For q that is not enough, as rows with an outlier turn it into
+// other int8 codes: R = unit * (high + low), two products.  A Hadamard matrix divided by its own
+// entry is +-1: no low part, and the second product is skipped.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,9 +34,18 @@ struct RotationPanel {
   }
 };
 
+enum class RotationPart { kHigh, kLow };
+
+// An entry's magnitude, which brings R's entries near one; any will do, unless it is tiny.
+__device__ __forceinline__ float rotation_unit(const float* rotation) {
+  const float entry = fabsf(rotation[0]);
+  return entry > 1e-3f && entry < 1e3f ? entry : 1.f;
+}
+
 // Copies one panel to shared memory as fp16; row_of(local row) names the row of R.
 template <int D, int kThreads, typename RowOf>
-__device__ __forceinline__ void load_rotation_panel(uint32_t smem, const float* __restrict__ rotation,
+__device__ __forceinline__ void load_rotation_panel(uint32_t smem,
+                                                    const float* __restrict__ rotation,
                                                     RowOf row_of) {
   constexpr int kChunks = D / 8;
   for (int i = threadIdx.x; i < RotationPanel<D>::kRows * kChunks; i += kThreads) {
@@ -46,6 +57,35 @@ __device__ __forceinline__ void load_rotation_panel(uint32_t smem, const float* 
                       ptx::pack_f16x2(a.z, a.w), ptx::pack_f16x2(b.x, b.y),
                       ptx::pack_f16x2(b.z, b.w));
   }
+}
+
+// The same of one part of R / unit.  Returns whether this thread's entries have a low part.
+template <int D, int kThreads, RotationPart kPart, typename RowOf>
+__device__ __forceinline__ bool load_rotation_part(uint32_t smem,
+                                                   const float* __restrict__ rotation, float unit,
+                                                   RowOf row_of) {
+  constexpr int kChunks = D / 8;
+  bool has_low = false;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < RotationPanel<D>::kRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const float* src = rotation + row_of(row) * D + chunk * 8;
+    uint32_t packed[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      float2 v = *reinterpret_cast<const float2*>(src + 2 * w);
+      v.x = __fdividef(v.x, unit);
+      v.y = __fdividef(v.y, unit);
+      packed[w] = ptx::pack_f16x2(v.x, v.y);
+      const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&packed[w]));
+      has_low |= v.x != high.x || v.y != high.y;
+      if constexpr (kPart == RotationPart::kLow)
+        packed[w] = ptx::pack_f16x2(v.x - high.x, v.y - high.y);
+    }
+    ptx::st_shared_v4(smem + HalfTile<D>::offset(row, chunk), packed[0], packed[1], packed[2],
+                      packed[3]);
+  }
+  return has_low;
 }
 
 // 8 consecutive 16-bit values of a row of q, as raw words.  Rows of a strided view may be

@@ -14,9 +14,9 @@
 //            K tile --LDS.128--> B fragments;  V tile --LDSM.T--> B fragments
 //
 // One barrier a tile: it orders the unpacking of tile i + 1 (during the products of tile i) before
-// the products of tile i + 1, and the products of tile i before the unpacking of tile i + 2 into the
-// same buffer.  Raw slices need no barrier: each thread unpacks what it copied itself; the V norm
-// comes from another lane of the same warp.
+// the products of tile i + 1, and the products of tile i before the unpacking of tile i + 2 into
+// the same buffer.  Raw slices need no barrier: each thread unpacks what it copied itself; the V
+// norm comes from another lane of the same warp.
 //
 // Of the two warps on each scheduler (w and w + 4) one unpacks before its products, the other
 // after: the tensor core always has a warp to serve.
@@ -70,20 +70,19 @@ struct PrefillConfig {
   static constexpr int kValueBytes = kTile * Value::kRowBytes;
   static constexpr int kAlign = 512;  // longest row: the swizzles XOR addresses within a row
   static constexpr int kBufferBytes = round_up(kKeyBytes + kValueBytes + kTile * 8, kAlign);
-  static constexpr int kTables = 0;     // CodebookTables
-  static constexpr int kInfo = 96;        // TileInfo
-  static constexpr int kPageInfo = 128;   // PageInfo
-  static constexpr int kWarpKeys = 160;   // WarpKeys [kWarps]
-  static constexpr int kRowTokens = 288;  // int [kRows]
-  static constexpr int kRowScales = kRowTokens + 4 * kRows;  // float [kRows]
+  static constexpr int kTables = 0;                                    // CodebookTables
+  static constexpr int kInfo = 96;                                     // TileInfo
+  static constexpr int kPageInfo = 128;                                // PageInfo
+  static constexpr int kWarpKeys = 160;                                // WarpKeys [kWarps]
+  static constexpr int kRowTokens = 288;                               // int [kRows]
+  static constexpr int kRowScales = kRowTokens + 4 * kRows;            // float [kRows]
   static constexpr int kSlots = round_up(kRowScales + 4 * kRows, 16);  // ThreadSlot [kThreads]
-  static constexpr int kPages = kSlots + 16 * kThreads;  // int [kPageSlots][kTile]
+  static constexpr int kPages = kSlots + 16 * kThreads;                // int [kPageSlots][kTile]
   static constexpr int kPageSlots = kStages + 1;
   static constexpr int kRaw = kPages + 4 * kPageSlots * kTile;
   static constexpr int kBuffers = round_up(kRaw + kStages * kRawBytes, kAlign);
-  static constexpr int kOverlay = 2 * kBufferBytes > RotationPanel<D>::kBytes
-                                      ? 2 * kBufferBytes
-                                      : RotationPanel<D>::kBytes;
+  static constexpr int kOverlay =
+      2 * kBufferBytes > RotationPanel<D>::kBytes ? 2 * kBufferBytes : RotationPanel<D>::kBytes;
   static constexpr int kSmemBytes = kBuffers + kOverlay;
   static_assert(kSmemBytes <= 99 * 1024, "sm_86 and sm_89 offer 99 KB a CTA");
   static_assert(kKeyBytes % kAlign == 0, "the V tile starts aligned");
@@ -211,16 +210,16 @@ struct PageLoader {
     copy_codes(stage + slot.z + Config::kTile * Config::kCodeBytes,
                codes + (view.v_codes - view.k_codes));
     if (slice < 2) {
-      ptx::cp_async<4>(stage + Config::kTile * 2 * Config::kCodeBytes +
-                           4 * (slice * Config::kTile + row),
-                       block + slot.y);
+      ptx::cp_async<4>(
+          stage + Config::kTile * 2 * Config::kCodeBytes + 4 * (slice * Config::kTile + row),
+          block + slot.y);
     }
   }
 };
 
 // [2/7] raw slice -> K tile, V tile and column scales of one buffer.
 //
-// Rejected: unpacking in small pieces between the HMMAs of P V, to use their free issue slots.  Both
+// Rejected: unpacking in small pieces between the HMMAs of P V, to use their free issue slots. Both
 // warps of a scheduler then unpack at the same time and the tensor core waits: 315 instead of 331
 // TFLOPS (docs/tuning.md).
 template <typename Config>
@@ -316,14 +315,14 @@ TQ4_HOST_DEVICE constexpr int value_dim(int chunk) {
 // What a CTA works on, kept in shared memory: needed before, after and on the edges of the main
 // loop only, whose registers are all taken.
 struct TileInfo {
-  int num_keys;   // L
-  int pos0;       // position of the sequence's first query token: L - T
-  int num_rows;   // packed rows of the sequence
-  int first_row;  // first packed row of this tile
-  int q_begin;    // first query token of the sequence
-  int group;      // query heads of a KV head
-  int first_head; // first query head of the KV head
-  int num_tiles;  // key tiles to visit
+  int num_keys;    // L
+  int pos0;        // position of the sequence's first query token: L - T
+  int num_rows;    // packed rows of the sequence
+  int first_row;   // first packed row of this tile
+  int q_begin;     // first query token of the sequence
+  int group;       // query heads of a KV head
+  int first_head;  // first query head of the KV head
+  int num_tiles;   // key tiles to visit
 };
 static_assert(sizeof(TileInfo) == 32, "fits its place in shared memory");
 
@@ -365,8 +364,7 @@ __device__ __forceinline__ LaneRows<Config> lane_rows(uint32_t smem) {
   const int row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
   return {tile_info<Config>(smem, offsetof(TileInfo, first_row)) + row,
           tile_info<Config>(smem, offsetof(TileInfo, num_rows)),
-          tile_info<Config>(smem, offsetof(TileInfo, group)),
-          smem + Config::kRowTokens + 4 * row};
+          tile_info<Config>(smem, offsetof(TileInfo, group)), smem + Config::kRowTokens + 4 * row};
 }
 
 // [3/7] q -> rotated, scaled, quantised A fragments.  In fp16 mode the "quantisation" is a power of
@@ -387,7 +385,8 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
       float largest = 0.f;
 #pragma unroll
       for (int j = 0; j < Config::D / 8; ++j) {
-        largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[mt][j][2 * i]), fabsf(c[mt][j][2 * i + 1])));
+        largest =
+            ptx::max_nan(largest, ptx::max_nan(fabsf(c[mt][j][2 * i]), fabsf(c[mt][j][2 * i + 1])));
       }
       largest = quad_max_nan(largest);
       // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
@@ -449,8 +448,8 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
   using Panel = RotationPanel<D>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const auto* base = static_cast<const uint16_t*>(p.q);
-  const bool aligned16 = (reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) |
-                          (p.q_head_stride * 2)) % 16 == 0;
+  const bool aligned16 =
+      (reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) | (p.q_head_stride * 2)) % 16 == 0;
   QueryRow row[2 * Config::kMTiles];
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
@@ -464,37 +463,55 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
   }
 
   float c[Config::kMTiles][D / 8][4] = {};
+  float unit = 1.f;  // c holds q_rot * row.scale / unit
   if (p.q_rotation != nullptr) {
 #pragma unroll
     for (int i = 0; i < 2 * Config::kMTiles; ++i) find_row_scale<D>(row[i], p.dtype, aligned16);
+    unit = rotation_unit(p.q_rotation);
+    const auto panel_rows = [](int panel) {
+      return [panel](int r) { return Panel::by_quarter(panel, r); };
+    };
 #pragma unroll
     for (int panel = 0; panel < Panel::kPanels; ++panel) {
-      if (panel > 0) __syncthreads();  // all warps are done with the previous panel
-      load_rotation_panel<D, Config::kThreads>(
-          panel_smem, p.q_rotation, [&](int r) { return Panel::by_quarter(panel, r); });
-      __syncthreads();  // the panel is complete
+      const auto multiply = [&] {
 #pragma unroll 1
-      for (int kb = 0; kb < D / 32; ++kb) {
-        uint32_t a[2 * Config::kMTiles][4];
+        for (int kb = 0; kb < D / 32; ++kb) {
+          uint32_t a[2 * Config::kMTiles][4];
 #pragma unroll
-        for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-          load_row_fp16(row[i], 32 * kb + 8 * t, p.dtype, aligned16, a[i]);
-        }
+          for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+            load_row_fp16(row[i], 32 * kb + 8 * t, p.dtype, aligned16, a[i]);
+          }
 #pragma unroll
-        for (int jj = 0; jj < 4 * Panel::kSteps; ++jj) {
-          // Column g of the product is quarter g / 2, e = g % 2.
-          const int j = panel * 4 * Panel::kSteps + jj;
-          const int local = g / 2 * (8 * Panel::kSteps) + query_dim<Config>(0, jj, 0) + 0;
-          const int local_row = Config::kInt8 ? local - (g & 1) : local + (g & 1);
-          const uint4 b = ptx::ld_shared_v4(panel_smem + HalfTile<D>::offset(local_row, 4 * kb + t));
+          for (int jj = 0; jj < 4 * Panel::kSteps; ++jj) {
+            // Column g of the product is quarter g / 2, e = g % 2.
+            const int j = panel * 4 * Panel::kSteps + jj;
+            const int local = g / 2 * (8 * Panel::kSteps) + query_dim<Config>(0, jj, 0);
+            const int local_row = Config::kInt8 ? local - (g & 1) : local + (g & 1);
+            const uint4 b =
+                ptx::ld_shared_v4(panel_smem + HalfTile<D>::offset(local_row, 4 * kb + t));
 #pragma unroll
-          for (int mt = 0; mt < Config::kMTiles; ++mt) {
-            const uint32_t a0[4] = {a[2 * mt][0], a[2 * mt + 1][0], a[2 * mt][1], a[2 * mt + 1][1]};
-            const uint32_t a1[4] = {a[2 * mt][2], a[2 * mt + 1][2], a[2 * mt][3], a[2 * mt + 1][3]};
-            ptx::mma_m16n8k16_f16f16f32(c[mt][j], a0, b.x, b.y);
-            ptx::mma_m16n8k16_f16f16f32(c[mt][j], a1, b.z, b.w);
+            for (int mt = 0; mt < Config::kMTiles; ++mt) {
+              const uint32_t a0[4] = {a[2 * mt][0], a[2 * mt + 1][0], a[2 * mt][1],
+                                      a[2 * mt + 1][1]};
+              const uint32_t a1[4] = {a[2 * mt][2], a[2 * mt + 1][2], a[2 * mt][3],
+                                      a[2 * mt + 1][3]};
+              ptx::mma_m16n8k16_f16f16f32(c[mt][j], a0, b.x, b.y);
+              ptx::mma_m16n8k16_f16f16f32(c[mt][j], a1, b.z, b.w);
+            }
           }
         }
+      };
+      if (panel > 0) __syncthreads();  // all warps are done with the previous panel
+      const bool has_low = load_rotation_part<D, Config::kThreads, RotationPart::kHigh>(
+          panel_smem, p.q_rotation, unit, panel_rows(panel));
+      const bool any_low = __syncthreads_or(has_low);  // the panel is complete
+      multiply();
+      if (any_low) {
+        __syncthreads();  // all warps are done with the high part
+        load_rotation_part<D, Config::kThreads, RotationPart::kLow>(panel_smem, p.q_rotation, unit,
+                                                                    panel_rows(panel));
+        __syncthreads();  // the low part is complete
+        multiply();
       }
     }
   } else {
@@ -519,7 +536,8 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
   const float sign = p.sm_scale < 0.f ? -1.f : 1.f;
   quantise_rows<Config>(c, sign, q);
 #pragma unroll
-  for (int i = 0; i < 2 * Config::kMTiles; ++i) q.scale[i] = __fdiv_rn(q.scale[i], row[i].scale);
+  for (int i = 0; i < 2 * Config::kMTiles; ++i)
+    q.scale[i] = __fdiv_rn(q.scale[i] * unit, row[i].scale);
 }
 
 template <typename Config>
@@ -531,7 +549,8 @@ struct SoftmaxState {
 // Log2 units of one unit of t, for the rows of this lane.  They live in shared memory: four more
 // registers would not fit beside the accumulators.
 template <typename Config>
-__device__ __forceinline__ void load_row_scales(uint32_t smem, float (&scale)[2 * Config::kMTiles]) {
+__device__ __forceinline__ void load_row_scales(uint32_t smem,
+                                                float (&scale)[2 * Config::kMTiles]) {
   const unsigned thread = ptx::thread_idx_volatile();
   const uint32_t row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
 #pragma unroll
@@ -542,7 +561,8 @@ __device__ __forceinline__ void load_row_scales(uint32_t smem, float (&scale)[2 
 
 // [4/7] S of 32 tokens: t = norm * (q8 . k8), columns 8 j + 2 t'.. of n-tile j.
 template <typename Config>
-__device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const QueryFragments<Config>& q,
+__device__ __forceinline__ void compute_qk(uint32_t buffer, int inner,
+                                           const QueryFragments<Config>& q,
                                            float (&s)[Config::kMTiles][4][4]) {
   const unsigned lane = ptx::thread_idx_volatile() % 32;
   const int g = lane / 4, t = lane % 4;
@@ -550,10 +570,10 @@ __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const Que
   // Chunk c of this lane lies at key ^ (c << 4): tiles are aligned, so the XOR of the swizzle may
   // act on the address itself; n-tile j is 8 rows on, where the swizzle repeats.  Neither needs a
   // table of offsets carried through the loop.
-  const uint32_t key = buffer + inner * (Config::kInner * Config::Key::kRowBytes) +
-                       Config::Key::offset(g, t, 0);
-  const uint32_t column = buffer + Config::kKeyBytes + Config::kValueBytes +
-                          inner * (8 * Config::kInner) + 16 * t;
+  const uint32_t key =
+      buffer + inner * (Config::kInner * Config::Key::kRowBytes) + Config::Key::offset(g, t, 0);
+  const uint32_t column =
+      buffer + Config::kKeyBytes + Config::kValueBytes + inner * (8 * Config::kInner) + 16 * t;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     int32_t acc[Config::kMTiles][4];
@@ -574,8 +594,9 @@ __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const Que
             ptx::mma_m16n8k32_s8s8s32(acc[mt], q.a[mt][2 * chunk], b.x, b.y, acc[mt]);
           }
           if (2 * chunk + 1 < Config::kKeySteps) {
-            ptx::mma_m16n8k32_s8s8s32(acc[mt], q.a[mt][2 * chunk + 1 < Config::kKeySteps ? 2 * chunk + 1 : 0],
-                                      b.z, b.w, acc[mt]);
+            ptx::mma_m16n8k32_s8s8s32(
+                acc[mt], q.a[mt][2 * chunk + 1 < Config::kKeySteps ? 2 * chunk + 1 : 0], b.z, b.w,
+                acc[mt]);
           }
         } else {
           ptx::mma_m16n8k16_f16f16f32(s[mt][j], q.a[mt][2 * chunk], b.x, b.y);
@@ -602,7 +623,8 @@ __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner, const Que
 
 // t -> cap * tanh(score / cap), back in units of t.
 template <typename Config>
-__device__ __forceinline__ void apply_softcap(float softcap, uint32_t smem, float (&s)[Config::kMTiles][4][4]) {
+__device__ __forceinline__ void apply_softcap(float softcap, uint32_t smem,
+                                              float (&s)[Config::kMTiles][4][4]) {
   float scale[2 * Config::kMTiles];
   load_row_scales<Config>(smem, scale);
 #pragma unroll
@@ -622,8 +644,8 @@ __device__ __forceinline__ void apply_softcap(float softcap, uint32_t smem, floa
 
 // Keys outside [lo, hi] of their row become -inf.  Only tiles on an edge come here.
 template <typename Config>
-__device__ __forceinline__ void apply_mask(int first_key, uint32_t smem, int window_left, int window_right,
-                                           float (&s)[Config::kMTiles][4][4]) {
+__device__ __forceinline__ void apply_mask(int first_key, uint32_t smem, int window_left,
+                                           int window_right, float (&s)[Config::kMTiles][4][4]) {
   const int t = threadIdx.x % 4;
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int pos0 = tile_info<Config>(smem, offsetof(TileInfo, pos0));
@@ -726,7 +748,8 @@ __device__ __forceinline__ void compute_pv(uint32_t buffer, int inner,
 }
 
 // Writes two neighbouring dims of a row.
-__device__ __forceinline__ void store_pair(uint16_t* p, float x, float y, DType dtype, bool aligned4) {
+__device__ __forceinline__ void store_pair(uint16_t* p, float x, float y, DType dtype,
+                                           bool aligned4) {
   const uint32_t word = dtype == DType::kBFloat16 ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
   if (aligned4) {
     *reinterpret_cast<uint32_t*>(p) = word;
@@ -748,8 +771,10 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
   const uint32_t panel_smem = smem + Config::kBuffers;
   using Panel = RotationPanel<D>;
   const int lane = threadIdx.x % 32, t = threadIdx.x % 4;
-  const bool aligned4 = (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) |
-                         (p.out_head_stride * 2)) % 4 == 0;
+  const bool aligned4 =
+      (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) | (p.out_head_stride * 2)) %
+          4 ==
+      0;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
     float l = state.l[i];
@@ -789,8 +814,8 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
                       (first_head + rows.head(i, token)) * p.out_head_stride;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        store_pair(dst + dim_of(j) + 2 * t, o[i / 2][j][2 * (i % 2)],
-                   o[i / 2][j][2 * (i % 2) + 1], p.dtype, aligned4);
+        store_pair(dst + dim_of(j) + 2 * t, o[i / 2][j][2 * (i % 2)], o[i / 2][j][2 * (i % 2) + 1],
+                   p.dtype, aligned4);
       }
     }
   };
@@ -857,9 +882,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   // KV heads innermost: CTAs that share a sequence's pages run side by side.
   const int kv_head = blockIdx.x % p.cache.num_kv_heads;
   const int64_t slots = gridDim.x / p.cache.num_kv_heads;
-  const PrefillTile tile =
-      find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows,
-                        slots - 1 - blockIdx.x / p.cache.num_kv_heads);
+  const PrefillTile tile = find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows,
+                                             slots - 1 - blockIdx.x / p.cache.num_kv_heads);
   if (tile.seq < 0) return;
   TileInfo info;
   info.num_keys = p.seq_lens[tile.seq];
@@ -884,8 +908,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     *reinterpret_cast<TileInfo*>(shared + Config::kInfo) = info;
     *reinterpret_cast<PageInfo*>(shared + Config::kPageInfo) = {
-        p.block_table + tile.seq * p.block_table_stride,
-        key_begin, keys.end};
+        p.block_table + tile.seq * p.block_table_stride, key_begin, keys.end};
   }
   if (threadIdx.x < Config::kRows) {
     reinterpret_cast<int*>(shared + Config::kRowTokens)[threadIdx.x] =
@@ -929,9 +952,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();  // the rotation panel has been read: tile 0 may take its place
 
   SoftmaxState<Config> state;
-  const float k_unit = Config::kInt8
-                           ? p.k_code_scale
-                           : ptx::ld_shared_f32(smem + Config::kTables + offsetof(CodebookTables, k_unit));
+  const float k_unit =
+      Config::kInt8 ? p.k_code_scale
+                    : ptx::ld_shared_f32(smem + Config::kTables + offsetof(CodebookTables, k_unit));
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
     float scale = q.scale[i] * k_unit * fabsf(p.sm_scale) * kLog2e;
@@ -966,8 +989,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::cp_async_wait<Config::kStages - 1>();
     __syncwarp();
 
-    const bool unpack_first = warp < Config::kWarps / 2;
-    if (unpack_first && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
+    const auto unpacks_first = [] { return ptx::thread_idx_volatile() < Config::kThreads / 2; };
+    if (unpacks_first() && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
 
 #pragma unroll 1
     for (int inner = 0; inner < Config::kTile / Config::kInner; ++inner) {
@@ -975,7 +998,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const uint32_t buffer = ptx::opaque(smem + Config::kBuffers + i % 2 * Config::kBufferBytes);
       const int first_key = key_begin_of(i) + inner * Config::kInner;
       const int last_key = first_key + Config::kInner - 1;
-      const uint4 seen = ptx::ld_shared_v4(smem + Config::kWarpKeys + 16 * warp);
+      const uint4 seen =
+          ptx::ld_shared_v4(smem + Config::kWarpKeys + 16 * (ptx::thread_idx_volatile() / 32));
       if (first_key >= static_cast<int>(seen.y) || last_key < static_cast<int>(seen.x)) continue;
       float s[Config::kMTiles][4][4];
       compute_qk<Config>(buffer, inner, q, s);
@@ -986,7 +1010,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       update_softmax<Config>(smem, s, state, o);
       compute_pv<Config>(buffer, inner, s, o);
     }
-    if (!unpack_first && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
+    if (!unpacks_first() && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
   }
   ptx::cp_async_wait<0>();
   write_output<Config>(p, smem, state, o);
