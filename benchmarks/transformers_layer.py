@@ -7,11 +7,11 @@ A Llama-3.1-8B-shaped model (32 / 8 heads, D = 128, hidden 4096; random weights,
 prompt in chunks and then decodes, under three caches: the library's own with torch's attention ("sdpa"), TQ4,
 and TQ4 with the rotation of V folded into the weights.
 
-"decode" is GPU time between events around ``Cache.update`` and the attention function, the part of a layer that
-the cache decides, with the host kept ahead of the GPU; projections and MLP are the same for all.  "step" is
-the wall-clock time of a whole decoding step of these layers, the host's work included.  Steps get the mask that
-generate passes, except sdpa's where the GPU alone is timed: to look at the mask, as the library does for it,
-waits for the GPU.
+"decode" is GPU time between events around ``Cache.update`` and the attention function, the part of a layer
+that the cache decides, with the host kept ahead of the GPU; projections and MLP are the same for all.  "step"
+is the wall-clock time of a whole decoding step of these layers, the host's work included.  Steps get the mask
+that generate passes, except sdpa's where the GPU alone is timed: to look at the mask, as the library does for
+it, waits for the GPU.
 
 Writes ``benchmarks/results/<gpu>-transformers-layer.json`` with the keys of the other records.
 """

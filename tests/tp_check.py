@@ -132,7 +132,8 @@ def main() -> int:
     )
     line = (
         f"rank {rank} of {world} on {device}: {heads} of {whole} KV heads, {cache.nbytes} of "
-        f"{expected[2]} bytes; logits differ by {error:.4f}, argmaxes agree on {argmax:.3f}, generated tokens on {same:.3f}: "
+        f"{expected[2]} bytes; logits differ by {error:.4f}, "
+        f"argmaxes agree on {argmax:.3f}, generated tokens on {same:.3f}: "
         f"{'ok' if good else 'WRONG'}"
     )
     lines: list[Any] = [None] * world
