@@ -102,54 +102,67 @@ __device__ __forceinline__ void find_share(const DecodeBatch& batch, int32_t* pr
     if (blockIdx.x == 0 && seq < batch.num_seqs) prefix_out[seq] = prefix;
     before += sum;
   }
+  __syncthreads();  // start is there
   if (thread == 0) {
-    shared.total = total;
+    // A CTA without a share starts past the last sequence.
     const int64_t positions = static_cast<int64_t>(total) * batch.num_chunks;
-    if (share_begin(positions, blockIdx.x, gridDim.x) >= positions) {
-      shared.start_seq = batch.num_seqs;  // nothing to do
-    }
+    const bool empty = share_begin(positions, blockIdx.x, gridDim.x) >= positions;
+    shared.walker = SegmentWalker::make(batch, positions, blockIdx.x, gridDim.x,
+                                        empty ? batch.num_seqs : shared.start_seq,
+                                        empty ? 0 : shared.start_prefix);
+    shared.batch = batch;
     if (blockIdx.x == 0) prefix_out[batch.num_seqs] = total;
   }
-  __syncthreads();  // start and total are there
+  __syncthreads();  // the walker is there
 }
 
-__device__ __forceinline__ SegmentWalker make_walker(const DecodeBatch& batch, const DecodeShared& shared) {
-  return SegmentWalker::make(batch, static_cast<int64_t>(shared.total) * batch.num_chunks, blockIdx.x,
-                             gridDim.x, shared.start_seq, shared.start_prefix);
+// Moves the warp's scratch on to its next segment; false when the share is done.
+__device__ __forceinline__ bool next_segment(const DecodeShared& shared, WarpScratch& scratch) {
+  __syncwarp();  // all lanes are done with the scratch of the last segment
+  if (threadIdx.x % kWarpSize == 0) {
+    SegmentWalker walker = scratch.walker;
+    DecodeSegment segment{};
+    scratch.found = walker.next(reload(shared.batch), segment);
+    scratch.walker = walker;
+    scratch.segment = segment;
+  }
+  __syncwarp();  // written
+  return reload(scratch.found) != 0;
 }
 
 // [2/6] The producer warp: for each tile, its page id (read 32 tiles at a time, one batch ahead), a
 // free stage, the copy.
 template <typename Pipeline>
 __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
-                                        const DecodeShared& shared, uint32_t barriers,
+                                        DecodeShared& shared, WarpScratch& scratch,
                                         uint32_t stages) {
   const int lane = threadIdx.x % kWarpSize;
-  const DecodeBatch batch = decode_batch(p, plan);
-  SegmentWalker walker = make_walker(batch, shared);
-  DecodeSegment segment;
+  const Pipeline pipeline{{p.cache, plan, shared, stages}};
   RingPosition ring{0, 0};
-  const Pipeline pipeline(p.cache, plan, barriers, stages);
-  while (walker.next(batch, segment)) {
-    const int32_t* table = p.block_table + segment.seq * p.block_table_stride;
-    // Entries past the last tile are garbage and never read.
-    const auto page_of = [&](int tile) {
-      return tile < segment.tile_end ? table[tile / plan.tiles_per_block] : 0;
-    };
-    int next_page = page_of(segment.tile_begin + lane);
-    for (int first = segment.tile_begin; first < segment.tile_end; first += kWarpSize) {
-      const int page = next_page;
-      next_page = page_of(first + kWarpSize + lane);
-      const int count = min(kWarpSize, segment.tile_end - first);
-      for (int i = 0; i < count; i += pipeline.batch) {
-        const int mine = i + pipeline.lane_tile;  // the lane's tile of this step
-        const int its_page = __shfl_sync(kFullWarp, page, mine % kWarpSize);
-        const bool active = pipeline.lane_tile < pipeline.batch && mine < count;
-        RingPosition at = ring;
-        at.advance(pipeline.lane_tile, plan.num_stages);
-        pipeline.copy(active, its_page, (first + mine) % plan.tiles_per_block, segment.chunk, at);
-        ring.advance(min(pipeline.batch, count - i), plan.num_stages);
+  scratch.walker = shared.walker;
+  while (next_segment(shared, scratch)) {
+    int next_page = 0;
+    int first = reload(scratch.segment.tile_begin) - kWarpSize;
+#pragma unroll 1
+    while (true) {
+      const DecodeSegment segment = reload(scratch.segment);
+      if (first >= segment.tile_end) break;
+      const int page = next_page, ahead = first + kWarpSize + lane;
+      if (ahead < segment.tile_end) {  // entries past the last tile are garbage and never read
+        next_page = p.block_table[segment.seq * p.block_table_stride +
+                                  plan.block_divider.quotient(ahead)];
       }
+      const int count = first < segment.tile_begin ? 0 : min(kWarpSize, segment.tile_end - first);
+#pragma unroll 1
+      for (int i = 0; i < count; i += pipeline.batch()) {
+        const int mine = i + pipeline.lane_tile();  // the lane's tile of this step
+        const int its_page = __shfl_sync(kFullWarp, page, mine % kWarpSize);
+        const int block = static_cast<int>(plan.block_divider.quotient(first + mine));
+        pipeline.copy(mine < min(count, i + pipeline.batch()), its_page,
+                      first + mine - block * plan.tiles_per_block, segment.chunk, ring);
+        ring.advance(min(pipeline.batch(), count - i), plan.num_stages);
+      }
+      first += kWarpSize;
     }
   }
 }
@@ -213,44 +226,33 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
 
 // [4/6] One tile.  The stage is given back as soon as its last bytes are in registers.
 template <typename Config, typename Hidden>
-__device__ __forceinline__ void consume_tile(uint32_t stage, uint32_t empty, uint32_t lane_table,
-                                             const LaneOffsets& at, const KeyCodes& key_codes,
-                                             const DecodeRows<Config>& rows, float cap_log2e,
-                                             Hidden&& hidden_of_tile, DecodeState<Config>& state) {
+__device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage, uint32_t empty,
+                                             uint32_t lane_table, const LaneOffsets& at,
+                                             const KeyCodes& key_codes, const DecodeRows<Config>& rows,
+                                             float cap_log2e, Hidden&& hidden_of_tile,
+                                             DecodeState<Config>& state) {
   float s[Config::kOctets][4];
-  compute_scores<Config>(stage, lane_table, at, key_codes, rows, s);
+  compute_scores<Config>(stage + at.key, plan.code_step, lane_table, key_codes, rows, s);
 
   float key_norm[4], value_norm[4];
+  const int value_norms = plan.copy.stage.v_norms - plan.copy.stage.k_norms;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    key_norm[c] = ptx::ld_shared_f32(stage + at.norm[c]);
-    value_norm[c] = ptx::ld_shared_f32(stage + at.norm[c] + at.value_norm_delta);
+  for (int c = 0; c < 4; ++c) {  // column 2 t + c % 2 of n-tile c / 2
+    const uint32_t norm = stage + at.norm[c % 2] + c / 2 * plan.norm_step;
+    key_norm[c] = ptx::ld_shared_f32(norm);
+    value_norm[c] = ptx::ld_shared_f32(norm + value_norms);
   }
+  uint32_t weights[Config::kOctets][2];
+  update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state, weights);
+
   uint32_t words[4][Config::Map::kValueWords];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    load_value_words<Config::D, Config::kWide>(stage + at.value[c], words[c]);
+    load_value_words<Config::D, Config::kWide>(stage + at.value[c % 2] + c / 2 * plan.code_step, words[c]);
   }
   __syncwarp();  // all lanes have read the stage
   if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
-
-  uint32_t weights[Config::kOctets][2];
-  update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state, weights);
   accumulate_values<Config>(lane_table, words, weights, state);
-}
-
-// A copy of an object in shared memory that the compiler cannot know from before.
-template <typename T>
-__device__ __forceinline__ T reload(const T& object) {
-  static_assert(sizeof(T) % 4 == 0, "in words");
-  uint32_t words[sizeof(T) / 4];
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) {
-    words[i] = ptx::ld_shared_u32(ptx::smem_address(&object) + 4 * i);
-  }
-  T copy;
-  memcpy(&copy, words, sizeof(T));
-  return copy;
 }
 
 // [5/6] One segment: its tiles, team by team.
@@ -265,7 +267,6 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   const DecodeSegment segment = reload(scratch.segment);
   const ConsumerPlace place = reload(scratch.place);
   RingPosition ring = reload(scratch.ring);
-  const bool has_rows = place.first_row < segment.num_queries * plan.group;
   DecodeRows<Config> rows;
   load_rows<Config>(p, plan, segment, segment.chunk * plan.heads_per_chunk + place.head,
                     place.first_row, place.key_unit, rows);
@@ -280,25 +281,33 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
 
   state.clear();
   ring.advance(place.team, plan.num_stages);
+  int tile = segment.tile_begin + place.team;
   const int tile_end = segment.tile_end;
-#pragma unroll 1
-  for (int tile = segment.tile_begin + place.team; tile < tile_end; tile += plan.teams) {
-    ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);  // the tile has landed
-    if (has_rows) {
-      consume_tile<Config>(
-          stages + ring.stage * plan.copy.stage_bytes, empty + 8 * ring.stage, lane_table, at,
-          key_codes,
-          rows, cap_log2e,
-          [&]() -> uint32_t {
-            if (tile >= full_begin && tile < full_end) return 0;
-            return hidden_columns<Config>(p, plan, reload(scratch.segment),
-                                          reload(scratch.place.first_row), tile);
-          },
-          state);
-    } else if (threadIdx.x % kWarpSize == 0) {
-      ptx::mbarrier_arrive(empty + 8 * ring.stage);
-    }
+  const auto advance = [&] {
+    tile += plan.teams;
     ring.advance(plan.teams, plan.num_stages);
+  };
+  if (place.first_row >= segment.num_queries * plan.group) {  // no rows: only keep the ring turning
+    while (tile < tile_end) {
+      ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);
+      if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty + 8 * ring.stage);
+      advance();
+    }
+    return;
+  }
+#pragma unroll 1
+  while (tile < tile_end) {
+    ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);  // the tile has landed
+    consume_tile<Config>(
+        plan, stages + ring.stage * plan.copy.stage_bytes, empty + 8 * ring.stage, lane_table, at,
+        key_codes, rows, cap_log2e,
+        [&]() -> uint32_t {
+          if (tile >= full_begin && tile < full_end) return 0;
+          return hidden_columns<Config>(p, plan, reload(scratch.segment),
+                                        reload(scratch.place.first_row), tile);
+        },
+        state);
+    advance();
   }
 }
 
@@ -347,7 +356,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   WarpScratch& scratch = shared.warps[warp];  // written by all lanes alike
   scratch.place = place;
   scratch.ring = {0, 0};
-  scratch.walker = make_walker(decode_batch(p, plan), shared);
+  scratch.walker = shared.walker;
   ptx::named_barrier_sync(kConsumerBarrier, Config::kWarps * kWarpSize);  // the tables are complete
 
   KeyCodes key_codes{};
@@ -362,14 +371,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   ptx::wait_for_predecessor();  // decode_prepare has written q
   if (place.team >= plan.teams) return;
 
-  while (true) {
-    SegmentWalker walker = reload(scratch.walker);
-    DecodeSegment segment;
-    if (!walker.next(decode_batch(p, plan), segment)) return;
-    __syncwarp();  // all lanes have read the scratch
-    scratch.walker = walker;
-    scratch.segment = segment;
-    __syncwarp();  // written
+  while (next_segment(shared, scratch)) {
     DecodeState<Config> state;
     consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes,
                             state);
@@ -394,6 +396,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::mbarrier_init(empty + 8 * threadIdx.x, plan.slots);
     ptx::mbarrier_fence_init();
   }
+  if (Config::kBulk && threadIdx.x < plan.copy.num_pieces()) {
+    shared.pieces[threadIdx.x] = plan.copy.piece(threadIdx.x);
+  }
   // Its barriers also order the inits above before every use.
   find_share<Config::kThreads>(
       decode_batch(p, plan),
@@ -402,7 +407,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x / kWarpSize >= Config::kWarps) {
     if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();
     if (threadIdx.x / kWarpSize == Config::kWarps) {
-      produce<Pipeline>(p, plan, shared, barriers, smem + plan.stage_offset);
+      produce<Pipeline>(p, plan, shared, shared.warps[Config::kWarps], smem + plan.stage_offset);
     }
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();

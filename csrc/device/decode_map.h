@@ -51,9 +51,12 @@ TQ4_HOST_DEVICE constexpr int swapped_dim(int dim) { return dim ^ 1; }
 
 // Which token of the tile is column n (0..7) of n-tile i (0, 1) of S, and so, since the C fragment of
 // S is the B fragment of P^T, token k = 8 i + n of the second product.  The order is free: it is
-// chosen for the banks that a stage's token stride leads to.  16 nibbles, entry 8 i + n.
+// chosen for the banks that a stage's token stride leads to.  16 nibbles, entry 8 i + n; the tokens of
+// n-tile 1 are those of n-tile 0 plus a constant.
 struct TokenMap {
   uint64_t nibbles;
+
+  TQ4_HOST_DEVICE int step() const { return token(1, 0) - token(0, 0); }
 
   TQ4_HOST_DEVICE int token(int i, int n) const {
     return static_cast<int>(nibbles >> (4 * (8 * i + n)) & 15);
@@ -74,6 +77,12 @@ struct CopyRun {
   int32_t chunk_stride;  // src of the next chunk of KV heads
 };
 
+// One repetition of a run: what a single bulk copy moves.
+struct CopyPiece {
+  int32_t src, dst, bytes, tile_stride, chunk_stride;
+};
+constexpr int kMaxCopyPieces = 64;  // 4 runs of 16 tokens or heads
+
 // How one tile, one chunk of KV heads, gets from a page into a stage: `reps` repetitions of each run.
 struct TileCopy {
   CopyRun run[4];
@@ -84,6 +93,14 @@ struct TileCopy {
   int32_t stage_bytes;             // span in the stage, a multiple of 128
   int32_t width;                   // 16, 8 or 4: every address and size is a multiple
   StageView stage;
+
+  TQ4_HOST_DEVICE int num_pieces() const { return num_runs * reps; }
+  TQ4_HOST_DEVICE CopyPiece piece(int index) const {
+    const CopyRun& r = run[index / reps];
+    const int rep = index % reps;
+    return {r.src + rep * src_stride, r.dst + rep * dst_stride, r.bytes, r.tile_stride,
+            r.chunk_stride};
+  }
 };
 
 }  // namespace tq4

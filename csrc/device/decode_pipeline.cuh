@@ -2,10 +2,11 @@
 // between architectures.
 //
 // Both are run by the one producer warp, all lanes alike: wait until the stage is empty, copy, arrive
-// at `full` when everything has landed.  `batch` tiles are handled a step; `lane_tile` is the lane's.
+// at `full` when everything has landed.  batch() tiles are handled a step; lane_tile() is the lane's.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../params.h"
 #include "../ptx/bulk_copy.cuh"
@@ -21,9 +22,14 @@ struct RingPosition {
   int stage;
   uint32_t parity;  // of the phase in which the stage is filled for this tile
 
+  // By at most twice around.
   __device__ __forceinline__ void advance(int tiles, int num_stages) {
     stage += tiles;
-    while (stage >= num_stages) {
+    if (stage >= num_stages) {
+      stage -= num_stages;
+      parity ^= 1;
+    }
+    if (tiles > num_stages && stage >= num_stages) {
       stage -= num_stages;
       parity ^= 1;
     }
@@ -43,6 +49,7 @@ struct ConsumerPlace {
 struct WarpScratch {
   SegmentWalker walker;
   DecodeSegment segment;
+  int32_t found;      // there is a segment
   ConsumerPlace place;
   RingPosition ring;  // of the segment's first tile
 };
@@ -52,37 +59,55 @@ struct DecodeShared {
   int32_t warp_sums[32];
   int8_t key_codes[16];
   uint32_t bit3_mask;
-  int32_t start_seq, start_prefix, total;
-  WarpScratch warps[16];
+  int32_t start_seq, start_prefix;
+  SegmentWalker walker;  // at the start of the share
+  DecodeBatch batch;     // a copy that does not occupy registers between segments
+  WarpScratch warps[16 + 1];  // the last is the producer's
+  CopyPiece pieces[kMaxCopyPieces];  // of a tile, for bulk copies
 };
 static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
 
-// Addresses shared by both.
+// A copy of an object in shared memory that the compiler cannot know from before.
+template <typename T>
+__device__ __forceinline__ T reload(const T& object) {
+  static_assert(sizeof(T) % 4 == 0, "in words");
+  uint32_t words[sizeof(T) / 4];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) {
+    words[i] = ptx::ld_shared_u32(ptx::smem_address(&object) + 4 * i);
+  }
+  T copy;
+  memcpy(&copy, words, sizeof(T));
+  return copy;
+}
+
+// What both have.
 struct DecodeRing {
   const PageView& cache;
   const DecodePlan& plan;
-  uint32_t full, empty, stages;
+  DecodeShared& shared;
+  uint32_t stages;
 
-  __device__ __forceinline__ DecodeRing(const PageView& cache, const DecodePlan& plan,
-                                        uint32_t barriers, uint32_t stages)
-      : cache(cache),
-        plan(plan),
-        full(barriers + static_cast<uint32_t>(offsetof(DecodeShared, full))),
-        empty(barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty))),
-        stages(stages) {}
-
-  __device__ __forceinline__ const uint8_t* source(int page, const CopyRun& run, int tile_in_block,
+  __device__ __forceinline__ uint32_t full(int stage) const {
+    return ptx::smem_address(&shared.full[stage]);
+  }
+  __device__ __forceinline__ uint32_t empty(int stage) const {
+    return ptx::smem_address(&shared.empty[stage]);
+  }
+  // Where a run or piece of the tile begins.  Offsets within a page fit in 32 bits.
+  template <typename Run>
+  __device__ __forceinline__ const uint8_t* source(int page, const Run& run, int tile_in_block,
                                                    int chunk) const {
-    return cache.base + page * cache.block_stride + run.src + tile_in_block * run.tile_stride +
-           static_cast<int64_t>(chunk) * run.chunk_stride;
+    return cache.base + page * cache.block_stride +
+           (run.src + tile_in_block * run.tile_stride + chunk * run.chunk_stride);
   }
 };
 
 // sm_80: cp.async, 16 bytes a lane where alignment allows.
 struct CpAsyncPipeline : DecodeRing {
   static constexpr int kFullArrivals = kWarpSize;
-  static constexpr int batch = 1, lane_tile = 0;
-  using DecodeRing::DecodeRing;
+  TQ4_DEVICE static constexpr int batch() { return 1; }
+  TQ4_DEVICE static constexpr int lane_tile() { return 0; }
 
   // The elements of a run, all repetitions in one sequence, are dealt to the lanes in turn.
   template <int kBytes>
@@ -113,7 +138,7 @@ struct CpAsyncPipeline : DecodeRing {
 
   __device__ __forceinline__ void copy(bool, int page, int tile_in_block, int chunk,
                                        RingPosition at) const {
-    ptx::mbarrier_wait(empty + 8 * at.stage, at.parity ^ 1);  // its last readers are done
+    ptx::mbarrier_wait(empty(at.stage), at.parity ^ 1);  // its last readers are done
     const uint32_t stage = stages + at.stage * plan.copy.stage_bytes;
     if (plan.copy.width == 16) {
       copy_runs<16>(page, tile_in_block, chunk, stage);
@@ -122,7 +147,7 @@ struct CpAsyncPipeline : DecodeRing {
     } else {
       copy_runs<4>(page, tile_in_block, chunk, stage);
     }
-    ptx::mbarrier_arrive_on_cp_async(full + 8 * at.stage);
+    ptx::mbarrier_arrive_on_cp_async(full(at.stage));
   }
 };
 
@@ -130,34 +155,29 @@ struct CpAsyncPipeline : DecodeRing {
 // stages are many and small (few KV heads), several tiles are handled a step, a lane each.
 struct BulkPipeline : DecodeRing {
   static constexpr int kFullArrivals = 1;
-  int batch, lane_tile, lane_piece, pieces;
 
-  __device__ __forceinline__ BulkPipeline(const PageView& cache, const DecodePlan& plan,
-                                          uint32_t barriers, uint32_t stages)
-      : DecodeRing(cache, plan, barriers, stages) {
-    const int lane = threadIdx.x % kWarpSize;
-    pieces = plan.copy.num_runs * plan.copy.reps;
-    batch = pieces == 1 ? max(1, min(kWarpSize, plan.num_stages / 8)) : 1;
-    lane_tile = batch > 1 ? lane : 0;
-    lane_piece = batch > 1 ? 0 : lane;
+  __device__ __forceinline__ int batch() const { return plan.bulk_batch; }
+  __device__ __forceinline__ int lane_tile() const {
+    return plan.bulk_batch > 1 ? static_cast<int>(threadIdx.x % kWarpSize) : 0;
   }
 
   __device__ __forceinline__ void copy(bool active, int page, int tile_in_block, int chunk,
                                        RingPosition at) const {
-    const uint32_t barrier = full + 8 * at.stage;
-    if (active && lane_piece < pieces) {
-      ptx::mbarrier_wait(empty + 8 * at.stage, at.parity ^ 1);  // its last readers are done
-      if (lane_piece == 0) ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
+    int piece = plan.bulk_batch > 1 ? 0 : static_cast<int>(threadIdx.x % kWarpSize);
+    active = active && piece < plan.copy.num_pieces();
+    at.advance(lane_tile(), plan.num_stages);
+    if (active) {
+      ptx::mbarrier_wait(empty(at.stage), at.parity ^ 1);  // its last readers are done
+      if (piece == 0) ptx::mbarrier_arrive_expect_bytes(full(at.stage), plan.copy.bytes);
     }
     __syncwarp();  // the bytes are expected before any can land
     if (!active) return;
     const uint32_t stage = stages + at.stage * plan.copy.stage_bytes;
-    for (int piece = lane_piece; piece < pieces; piece += kWarpSize) {
-      const int rep = piece % plan.copy.reps;
-      const CopyRun& run = plan.copy.run[piece / plan.copy.reps];
-      ptx::bulk_copy_to_shared(stage + run.dst + rep * plan.copy.dst_stride,
-                               source(page, run, tile_in_block, chunk) + rep * plan.copy.src_stride,
-                               run.bytes, barrier);
+#pragma unroll 1
+    for (; piece < plan.copy.num_pieces(); piece += kWarpSize) {
+      const CopyPiece p = reload(shared.pieces[piece]);
+      ptx::bulk_copy_to_shared(stage + p.dst, source(page, p, tile_in_block, chunk), p.bytes,
+                               full(at.stage));
     }
   }
 };

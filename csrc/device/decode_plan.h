@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../params.h"
 #include "decode_map.h"
@@ -38,7 +40,7 @@ constexpr int decode_warps(int head_dim, DecodeMode mode, bool bulk) {
 
 constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
 constexpr int kDecodeMaxStages = 64;
-constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 2048;  // barriers and scratch
+constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3200;  // barriers and scratch
 constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
 // One sender's: its quads, then m and l of its rows, a word a lane.
 TQ4_HOST_DEVICE constexpr int merge_area_bytes(int octets) { return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize; }
@@ -54,6 +56,7 @@ inline int decode_smem_limit(int arch) {
 struct DecodePlan {
   TileCopy copy;
   TokenMap token_map;
+  int32_t code_step, norm_step;  // bytes in a stage from a token of n-tile 0 to that of n-tile 1
   int32_t group;             // query heads of a KV head
   int32_t max_rows;          // query rows of a KV head: group * max_query_len
   DecodeMode mode;
@@ -65,7 +68,9 @@ struct DecodePlan {
   int32_t teams;             // teams take the tiles in turn
   int32_t warps;             // consumer warps, slots * teams of them active
   int32_t num_stages;
+  int32_t bulk_batch;        // tiles that the producer handles at once, a lane each; 1: a lane a run
   int32_t tiles_per_block;
+  Divider block_divider;     // by tiles_per_block
   int32_t segment_cost;
   int32_t grid;
   int32_t shared_offset, merge_offset, stage_offset, smem_bytes;  // shared memory
@@ -270,13 +275,29 @@ inline TokenMap choose_token_map(const StageView& stage) {
   return best;
 }
 
-inline TokenMap choose_token_map(int head_dim, const StageView& stage) {
+inline TokenMap search_token_map(int head_dim, const StageView& stage) {
   switch (head_dim) {
     case 64: return choose_token_map<64>(stage);
     case 96: return choose_token_map<96>(stage);
     case 128: return choose_token_map<128>(stage);
     default: return choose_token_map<256>(stage);
   }
+}
+
+// The search costs the host half a millisecond: a thread keeps its last answer, for the layers of a
+// model share one geometry.
+inline TokenMap choose_token_map(int head_dim, const StageView& stage) {
+  struct Known {
+    int head_dim = 0;
+    StageView stage{};
+    TokenMap map{};
+  };
+  static_assert(std::is_trivially_copyable_v<StageView>, "compared as bytes");
+  static thread_local Known known;
+  if (known.head_dim != head_dim || std::memcmp(&known.stage, &stage, sizeof(stage)) != 0) {
+    known = {head_dim, stage, search_token_map(head_dim, stage)};
+  }
+  return known.map;
 }
 
 namespace detail {
@@ -323,6 +344,11 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
         std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
     if (plan.num_stages >= 3) break;
   }
+  plan.teams = std::min(plan.teams, plan.num_stages);
+  // Few KV heads: many small stages, filled by a copy each.
+  plan.bulk_batch = plan.copy.num_pieces() == 1
+                        ? std::max(1, std::min(kWarpSize, plan.num_stages / 8))
+                        : 1;
   return plan.num_stages >= 2;
 }
 
@@ -355,6 +381,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
               std::to_string(max_rows) + "; use prefill");
   plan.max_rows = static_cast<int>(max_rows);
   plan.tiles_per_block = view.block_size / kTileTokens;
+  plan.block_divider = Divider::make(static_cast<uint32_t>(plan.tiles_per_block));
   plan.grid = p.num_sms;
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable && p.int8;
@@ -364,6 +391,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   }
   plan.smem_bytes = plan.stage_offset + plan.num_stages * plan.copy.stage_bytes;
   plan.token_map = choose_token_map(view.head_dim, plan.copy.stage);
+  plan.code_step = plan.token_map.step() * plan.copy.stage.code_token_stride;
+  plan.norm_step = plan.token_map.step() * plan.copy.stage.norm_token_stride;
   // A unit costs a CTA about what 16 KB of keys do, beside its tiles.
   plan.segment_cost = 1 + 16384 / plan.copy.stage_bytes;
 

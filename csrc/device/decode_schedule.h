@@ -80,21 +80,32 @@ struct DecodeSegment {
   int tile_begin, tile_end;
 };
 
-// Walks the segments of one CTA.  `start_seq` is the sequence whose positions hold the first of the
-// share, `start_prefix` the sum of unit_cost over the sequences before it.
+// Walks the segments of one CTA.  Positions count from the first of the share: 32 bits.
 struct SegmentWalker {
-  int64_t position;    // of the current unit's first position
-  int64_t begin, end;  // the CTA's share
-  int seq, chunk;
+  int32_t position;  // of the current unit; negative where it began before the share
+  int32_t end;       // of the share
+  int32_t seq, chunk;
 
+  // `start_seq` is the sequence whose positions hold the first of the share, `start_prefix` the sum
+  // of unit_cost over the sequences before it.
   TQ4_HOST_DEVICE static SegmentWalker make(const DecodeBatch& batch, int64_t total, int cta,
                                             int grid, int start_seq, int start_prefix) {
+    const int64_t begin = share_begin(total, cta, grid);
+    int64_t position = static_cast<int64_t>(start_prefix) * batch.num_chunks - begin;
+    // Whole units before the share are stepped over here: next() would see them as positions far
+    // below zero.
     SegmentWalker walker;
-    walker.begin = share_begin(total, cta, grid);
-    walker.end = share_begin(total, cta + 1, grid);
+    walker.end = static_cast<int32_t>(share_begin(total, cta + 1, grid) - begin);
     walker.seq = start_seq;
     walker.chunk = 0;
-    walker.position = static_cast<int64_t>(start_prefix) * batch.num_chunks;
+    if (start_seq < batch.num_seqs) {
+      const int cost = batch.unit_cost(batch.tiles(start_seq));
+      while (cost > 0 && position + cost <= 0 && walker.chunk + 1 < batch.num_chunks) {
+        position += cost;
+        ++walker.chunk;
+      }
+    }
+    walker.position = static_cast<int32_t>(position);
     return walker;
   }
 
@@ -102,20 +113,19 @@ struct SegmentWalker {
   TQ4_HOST_DEVICE bool next(const DecodeBatch& batch, DecodeSegment& segment) {
     while (position < end && seq < batch.num_seqs) {
       const TileRange range = batch.tiles(seq);
-      const int cost = batch.unit_cost(range);
-      const int64_t first = position + batch.segment_cost;  // position of the unit's first tile
       const int tiles = range.end - range.begin;
-      const int64_t lo = begin - first, hi = end - first;
+      const int first = position + batch.segment_cost;  // of the unit's first tile
+      const int lo = -first, hi = end - first;
+      segment.tile_begin = range.begin + (lo < 0 ? 0 : lo < tiles ? lo : tiles);
+      segment.tile_end = range.begin + (hi < 0 ? 0 : hi < tiles ? hi : tiles);
       segment.seq = seq;
       segment.chunk = chunk;
-      segment.tile_begin = range.begin + static_cast<int>(lo < 0 ? 0 : lo < tiles ? lo : tiles);
-      segment.tile_end = range.begin + static_cast<int>(hi < 0 ? 0 : hi < tiles ? hi : tiles);
-      position += cost;
+      position += batch.unit_cost(range);
       if (++chunk == batch.num_chunks) {
         chunk = 0;
         ++seq;
       }
-      if (cost > 0 && segment.tile_begin < segment.tile_end) {
+      if (segment.tile_begin < segment.tile_end) {
         segment.num_keys = batch.seq_lens[segment.seq];
         segment.num_queries = batch.num_queries(segment.seq);
         segment.query_begin = batch.query_begin(segment.seq);

@@ -51,9 +51,11 @@ struct DecodeConfig {
   static constexpr bool kHoldsQuery = kKeySteps < 16;
 
   static constexpr int kWarps = decode_warps(D, kMode, kBulk);  // consumers
-  // Registers move between whole groups of 4 warps; otherwise one producer warp will do.
+  // Registers move between whole groups of 4 warps; otherwise one producer warp will do.  The CTA
+  // cannot hold more than it was launched with: 96 for each of 20 warps.
   static constexpr bool kMovesRegisters = kWarps == 16;
-  static constexpr int kConsumerRegisters = 112, kProducerRegisters = 64;
+  static constexpr int kConsumerRegisters = 112, kProducerRegisters = 32;
+  static_assert(16 * kConsumerRegisters + 4 * kProducerRegisters <= 20 * 96, "or setmaxnreg hangs");
   static constexpr int kThreads = (kWarps + (kMovesRegisters ? 4 : 1)) * kWarpSize;
 };
 
@@ -164,12 +166,12 @@ struct DecodeState {
   }
 };
 
-// Byte offsets of a lane's data inside a stage.
+// Byte offsets of a lane's data inside a stage, for n-tile 0; n-tile 1 lies plan.code_step and
+// plan.norm_step further.
 struct LaneOffsets {
-  uint32_t key[2];    // token of column g of n-tile i
-  uint32_t value[4];  // tokens 2 i + b: column 2 t + b of n-tile i
-  uint32_t norm[4];   // K norms of the same tokens
-  uint32_t value_norm_delta;
+  uint32_t key;       // token of column g
+  uint32_t value[2];  // tokens of columns 2 t and 2 t + 1
+  uint32_t norm[2];   // K norms of the same tokens
 };
 
 template <typename Config>
@@ -177,20 +179,16 @@ __device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage,
                                                          int head) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   LaneOffsets at;
+  const int codes = head * stage.code_head_stride, norms = head * stage.norm_head_stride;
+  at.key = pinned(stage.k_codes + codes + map.token(0, g) * stage.code_token_stride +
+                  Config::Map::key_byte(t, 0));
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    at.key[i] = pinned(stage.k_codes + head * stage.code_head_stride +
-                       map.token(i, g) * stage.code_token_stride + Config::Map::key_byte(t, 0));
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const int token = map.token(i, 2 * t + b);
-      at.value[2 * i + b] = pinned(stage.v_codes + head * stage.code_head_stride +
-                                   token * stage.code_token_stride + Config::Map::value_byte(g, 0));
-      at.norm[2 * i + b] = pinned(stage.k_norms + head * stage.norm_head_stride +
-                                  token * stage.norm_token_stride);
-    }
+  for (int b = 0; b < 2; ++b) {
+    const int token = map.token(0, 2 * t + b);
+    at.value[b] = pinned(stage.v_codes + codes + token * stage.code_token_stride +
+                         Config::Map::value_byte(g, 0));
+    at.norm[b] = pinned(stage.k_norms + norms + token * stage.norm_token_stride);
   }
-  at.value_norm_delta = stage.v_norms - stage.k_norms;
   return at;
 }
 
@@ -245,37 +243,25 @@ __device__ __forceinline__ void load_value_words(uint32_t address,
 
 // [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of n-tile j.
 template <typename Config>
-__device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t lane_table, const LaneOffsets& at,
-                                               const KeyCodes& key_codes, const DecodeRows<Config>& rows,
+__device__ __forceinline__ void compute_scores(uint32_t key_address, int code_step,
+                                               uint32_t lane_table, const KeyCodes& key_codes, const DecodeRows<Config>& rows,
                                                float (&s)[Config::kOctets][4]) {
   constexpr int kWords = Config::Map::kKeyWords;
-  uint32_t words[2][kWords];
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    load_key_words<Config::D, Config::kWide>(stage + at.key[j], words[j]);
-  }
-
-  if constexpr (Config::kInt8) {
-    const int32_t start[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
-    int32_t acc[2][4];
+  for (int j = 0; j < 2; ++j) {  // one n-tile after the other: the codes of both would crowd registers
+    uint32_t words[kWords];
+    load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
+    if constexpr (Config::kInt8) {
+      int32_t acc[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int k = 0; k < kWords; ++k) {
         uint32_t b0, b1;
-        unpack_keys(words[j][k], key_codes, b0, b1);
-        if (k == 0) {
-          ptx::mma_m16n8k32_s8s8s32(acc[j], rows.q[k], b0, b1, start);
-        } else {
-          ptx::mma_m16n8k32_s8s8s32(acc[j], rows.q[k], b0, b1, acc[j]);
-        }
+        unpack_keys(words[k], key_codes, b0, b1);
+        ptx::mma_m16n8k32_s8s8s32(acc, rows.q[k], b0, b1, acc);
       }
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const float first = __int_as_float(acc[j][b]), second = __int_as_float(acc[j][2 + b]);
+        const float first = __int_as_float(acc[b]), second = __int_as_float(acc[2 + b]);
         if constexpr (Config::kResidual) {
           // (bias + x) - bias (1 + 1/256) + (bias + r) / 256, exact up to the last rounding.
           s[0][2 * j + b] = fmaf(second, 1.f / 256.f, first - kScoreBiasFloat * (257.f / 256.f));
@@ -284,37 +270,29 @@ __device__ __forceinline__ void compute_scores(uint32_t stage, uint32_t lane_tab
           s[1][2 * j + b] = second - kScoreBiasFloat;
         }
       }
-    }
-  } else {
-    const uint32_t key_table = lane_table + kPairTableBytes;
-    float acc[2][4] = {};
+    } else {
+      static_assert(Config::kInt8 || Config::kResidual, "fp16 mode has one kernel");
+      const uint32_t key_table = lane_table + kPairTableBytes;
+      float acc[4] = {};
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-      uint32_t q[2][4];
-      if constexpr (Config::kHoldsQuery) {
+      for (int k = 0; k < kWords; ++k) {
+        uint32_t q[2][4];
+        if constexpr (Config::kHoldsQuery) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) q[0][i] = rows.q[2 * k][i], q[1][i] = rows.q[2 * k + 1][i];
-      } else {
-        rows.load(2 * k, q);
+          for (int i = 0; i < 4; ++i) q[0][i] = rows.q[2 * k][i], q[1][i] = rows.q[2 * k + 1][i];
+        } else {
+          __syncwarp();  // keeps the compiler from reading all steps ahead
+          rows.load(2 * k, q);
+        }
+        const uint32_t b0 = lookup_pair<0>(key_table, words[k]);
+        const uint32_t b1 = lookup_pair<1>(key_table, words[k]);
+        const uint32_t b2 = lookup_pair<2>(key_table, words[k]);
+        const uint32_t b3 = lookup_pair<3>(key_table, words[k]);
+        ptx::mma_m16n8k16_f16f16f32(acc, q[0], b0, b1);
+        ptx::mma_m16n8k16_f16f16f32(acc, q[1], b2, b3);
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const uint32_t w = words[j][k];
-        const uint32_t b0 = lookup_pair<0>(key_table, w);
-        const uint32_t b1 = lookup_pair<1>(key_table, w);
-        const uint32_t b2 = lookup_pair<2>(key_table, w);
-        const uint32_t b3 = lookup_pair<3>(key_table, w);
-        ptx::mma_m16n8k16_f16f16f32(acc[j], q[0], b0, b1);
-        ptx::mma_m16n8k16_f16f16f32(acc[j], q[1], b2, b3);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        static_assert(Config::kInt8 || Config::kResidual, "fp16 mode has one kernel");
-        s[0][2 * j + b] = acc[j][b] + acc[j][2 + b];
-      }
+      for (int b = 0; b < 2; ++b) s[0][2 * j + b] = acc[b] + acc[2 + b];
     }
   }
 }

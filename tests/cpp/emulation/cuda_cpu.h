@@ -353,4 +353,5 @@ inline int __float2int_rn(float x) {
   return static_cast<int>(std::nearbyint(std::max(-2147483648.f, std::min(2147483520.f, x))));
 }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __log2f(float x) { return std::log2(x); }
