@@ -64,36 +64,42 @@ TQ4_HOST_DEVICE float cell_position(const CellAxis& axis, float y) {
   return u > 0.f ? (u < 1.f ? u : 1.f) : 0.f;  // as fma_sat: NaN becomes 0
 }
 
+// Position of boundary i; negative where no table of cells can serve the boundaries because of it.
+TQ4_HOST_DEVICE float boundary_position(const float* boundaries, int i) {
+  const CellAxis axis = make_cell_axis(boundaries);
+  const float b = boundaries[i];
+  const bool usable = axis.valid && b >= boundaries[0] && b <= boundaries[14];
+  return usable ? cell_position(axis, b) : -1.f;
+}
+
 struct Cell {
   float even_intercept;  // + 16
   float odd_intercept;   // + 256
-  bool exact;            // at most one boundary, all boundaries usable
+  bool exact;            // all boundaries are usable, at most one is in the cell
 };
 
-// Entry of cell number c.
-TQ4_HOST_DEVICE Cell make_cell(const float* boundaries, const CellAxis& axis, int c) {
+// Entry of cell number c, from the positions of the 15 boundaries.
+TQ4_HOST_DEVICE Cell make_cell(const float* positions, int c) {
   int below = 0, inside = 0;
   float step = 0.f;
-  bool exact = axis.valid;
+  bool usable = true;
   for (int i = 0; i < 15; ++i) {
-    const float b = boundaries[i];
-    exact = exact && b >= boundaries[0] && b <= boundaries[14];
-    const float u = cell_position(axis, b);
+    const float u = positions[i];
     const int at = static_cast<int>(rintf(u * kCellSpan));
+    usable = usable && u >= 0.f;
     below += at < c ? 1 : 0;
     if (at == c) {
       ++inside;
       step = u;
     }
   }
-  exact = exact && inside <= 1;
   const float value = static_cast<float>(below) + (inside > 0 ? 1.f : 0.5f);
-  const float at = inside > 0 ? step : static_cast<float>(c) / kCellSpan;
+  const float at = inside > 0 ? step : static_cast<float>(c) * (1.f / kCellSpan);
   Cell cell;
   // One rounding each; 2^-19 and 2^-15 are the units of r in [16, 32) and [256, 512).
   cell.even_intercept = fmaf(-kCellStep, at, 16.f + value - (inside > 0 ? 0x1p-19f : 0.f));
   cell.odd_intercept = fmaf(-kCellStep, at, 256.f + value - (inside > 0 ? 0x1p-15f : 0.f));
-  cell.exact = exact;
+  cell.exact = usable && inside <= 1;
   return cell;
 }
 

@@ -441,11 +441,16 @@ struct Quantiser {
   bool exact;                           // the cell table is usable (uniform over the warp)
 };
 
-__device__ __forceinline__ Quantiser make_quantiser(const float* s_boundaries) {
-  const int lane = threadIdx.x % kWarpSize;
+// The codebook of a CTA.
+struct Boundaries {
+  float value[kNumBoundaries + 1];
+  float position[kNumBoundaries + 1];  // of value[i], see cell_table.cuh
+};
+
+__device__ __forceinline__ Quantiser make_quantiser(const Boundaries& boundaries) {
   Quantiser quantiser;
-  quantiser.axis = make_cell_axis(s_boundaries);
-  const Cell cell = make_cell(s_boundaries, quantiser.axis, lane);
+  quantiser.axis = make_cell_axis(boundaries.value);
+  const Cell cell = make_cell(boundaries.position, threadIdx.x % kWarpSize);
   quantiser.even_intercept = cell.even_intercept;
   quantiser.odd_intercept = cell.odd_intercept;
   quantiser.exact = warp_uniform(__all_sync(kFullWarp, cell.exact));
@@ -463,7 +468,7 @@ __device__ __forceinline__ uint32_t cell_line(float x, float scale, float bias, 
 // words[r][w]: the lane's codes of row g + 8 r; y = acc * scales[r].  Destroys acc.
 template <class C>
 __device__ __forceinline__ void quantise(Accumulators<C>& acc, const float (&scales)[2],
-                                         const Quantiser& quantiser, const float* s_boundaries,
+                                         const Quantiser& quantiser, const Boundaries& boundaries,
                                          uint32_t (&words)[2][C::Map::kPassGroups]) {
   using Map = typename C::Map;
   if (quantiser.exact) {
@@ -492,7 +497,7 @@ __device__ __forceinline__ void quantise(Accumulators<C>& acc, const float (&sca
   for (int i = 0; i < 2 * Map::kPassGroups; ++i) words[i % 2][i / 2] = 0;
 #pragma unroll 1
   for (int i = 0; i < kNumBoundaries; ++i) {
-    const float boundary = s_boundaries[i];
+    const float boundary = boundaries.value[i];
 #pragma unroll
     for (int w = 0; w < Map::kPassGroups; ++w) {
 #pragma unroll
@@ -560,15 +565,20 @@ __device__ __forceinline__ RowPointers find_pointers(const EncodeParams& p, cons
 
 // ---- The kernel.
 
+// Static shared memory.
+struct EncodeTables {
+  GroupTables groups;
+  Boundaries boundaries;
+  uint32_t scratch;
+};
+
 template <class C>
 __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
     encode_kernel(const __grid_constant__ EncodeParams p) {
   using Map = typename C::Map;
   uint8_t* const s_dynamic = ptx::dynamic_shared();
   auto& s_rotation = *reinterpret_cast<typename C::Rotation*>(s_dynamic);
-  __shared__ GroupTables s_groups;
-  __shared__ float s_boundaries[kNumBoundaries + 1];
-  __shared__ uint32_t s_scratch;
+  __shared__ EncodeTables s_tables;
 
   const int warp = warp_uniform(threadIdx.x / kWarpSize);
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
@@ -587,12 +597,15 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   load_tile<C>(s_tile, target, p, side, tile_idx);
 
   // [2/6] Tables.
-  if (threadIdx.x < kNumBoundaries) s_boundaries[threadIdx.x] = side.boundaries[threadIdx.x];
+  if (threadIdx.x < kNumBoundaries) {
+    s_tables.boundaries.value[threadIdx.x] = side.boundaries[threadIdx.x];
+    s_tables.boundaries.position[threadIdx.x] = boundary_position(side.boundaries, threadIdx.x);
+  }
   const float centroid = side.centroids[lane % kNumCentroids];
   RotationKind kind = RotationKind::kNone;
   float gain = 1.f, rotation_scale = 1.f;
   if (side.rotation != nullptr) {
-    const RotationScan scan = scan_rotation<C::kHeadDim>(side.rotation, &s_scratch);
+    const RotationScan scan = scan_rotation<C::kHeadDim>(side.rotation, &s_tables.scratch);
     kind = warp_uniform(scan.hadamard) ? RotationKind::kHadamard : RotationKind::kGeneral;
     rotation_scale = scale_of_rotation(scan.largest);
     gain = scan.hadamard ? scan.largest / kGroupUnit : 1.f / rotation_scale;
@@ -603,11 +616,11 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
                                                                  rotation_scale, 0);
     }
   } else {
-    fill_group_tables<C>(s_groups, side.rotation);
+    fill_group_tables<C>(s_tables.groups, side.rotation);
   }
   __syncthreads();  // the tables are complete before any warp reads them; the last barrier of warps
                     // that share nothing else (but for the slices of a general D = 256 rotation)
-  const Quantiser quantiser = make_quantiser(s_boundaries);
+  const Quantiser quantiser = make_quantiser(s_tables.boundaries);
 
   const bool keep_together = C::kSlices > 1 && kind == RotationKind::kGeneral;
   for (int first_tile = 0; first_tile < num_tiles; first_tile += tile_stride) {
@@ -632,7 +645,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
                             pass);
       } else {
         const bool hadamard = kind == RotationKind::kHadamard;
-        multiply_groups<C>(acc, s_tile, s_groups, hadamard, pass);
+        multiply_groups<C>(acc, s_tile, s_tables.groups, hadamard, pass);
         if (Map::kPasses == 1) {
           // |H_32 x|^2 = 32 |x|^2
           const float unit = hadamard ? 1.f / (32.f * kGroupUnit * kGroupUnit) : 1.f;
@@ -652,7 +665,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
         scales[r] = gain * ptx::rcp_approx((norms[r] + kNormEpsilon) * row_scale[r]);
       }
       uint32_t words[2][Map::kPassGroups];
-      quantise<C>(acc, scales, quantiser, s_boundaries, words);
+      quantise<C>(acc, scales, quantiser, s_tables.boundaries, words);
       if (p.norm_correction) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) decoded[r] += decoded_square_sum(words[r], centroid * centroid);

@@ -64,7 +64,9 @@ Indices cell_index(const float* boundaries, float y) {
   const tq4::CellAxis axis = tq4::make_cell_axis(boundaries);
   const float u = tq4::cell_position(axis, y);
   const float c = std::fma(u, tq4::kCellSpan, 8388608.f);
-  const tq4::Cell cell = tq4::make_cell(boundaries, axis, bits_of(c) & 31);
+  float positions[15];
+  for (int i = 0; i < 15; ++i) positions[i] = tq4::boundary_position(boundaries, i);
+  const tq4::Cell cell = tq4::make_cell(positions, bits_of(c) & 31);
   const uint32_t even = bits_of(std::fma(u, tq4::kCellStep, cell.even_intercept));
   const uint32_t odd = bits_of(std::fma(u, tq4::kCellStep, cell.odd_intercept));
   return {static_cast<int>(even >> 19 & 15), static_cast<int>(odd >> 15 & 15)};
@@ -77,9 +79,10 @@ int count_below(const float* boundaries, float y) {
 }
 
 bool usable(const float* boundaries) {
-  const tq4::CellAxis axis = tq4::make_cell_axis(boundaries);
+  float positions[15];
+  for (int i = 0; i < 15; ++i) positions[i] = tq4::boundary_position(boundaries, i);
   bool exact = true;
-  for (int c = 0; c < tq4::kCells; ++c) exact = exact && tq4::make_cell(boundaries, axis, c).exact;
+  for (int c = 0; c < tq4::kCells; ++c) exact = exact && tq4::make_cell(positions, c).exact;
   return exact;
 }
 
