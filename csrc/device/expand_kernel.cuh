@@ -46,6 +46,8 @@ struct ExpandConfig {
   static constexpr int kSlices = D == 256 ? 8 : 1;  // of R in shared memory
   static constexpr int kSliceTiles = Map::kTiles / kSlices;
   using Rotation = RotationFragments<D, kSliceTiles>;
+  // The next tile's codes are read ahead, where the registers allow it.
+  static constexpr bool kPrefetch = D != 256;
 };
 
 // Where a row comes from and goes to.
@@ -174,6 +176,38 @@ __device__ __forceinline__ void decode_step(uint32_t (&high)[4], uint32_t (&low)
   }
 }
 
+// A lane's share of 16 rows: its quarter of the codes of rows g and g + 8.
+template <class C>
+struct CodeTile {
+  uint32_t words[2][C::Map::kGroups];
+  uint8_t* out[2];  // null: nothing is written
+  float norm[2];
+};
+
+// Row g is found by the lanes with even t, row g + 8 by those with odd t; all four read both.
+template <class C>
+__device__ __forceinline__ CodeTile<C> load_codes(const ExpandParams& p, const ExpandSide& side,
+                                                  int tile_idx) {
+  const int lane = threadIdx.x % kWarpSize, t = lane % 4;
+  const ExpandRow own = find_row(p, side, tile_idx * 16 + lane / 4 + lane % 2 * 8);
+  CodeTile<C> tile;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    tile.out[r] = reinterpret_cast<uint8_t*>(
+        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own.out), r, 4));
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(
+        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own.codes), r, 4));
+    tile.norm[r] = __shfl_sync(kFullWarp, own.norm, r, 4);
+    if (tile.out[r] != nullptr) {
+      read_words(tile.words[r], codes + t * C::Map::kQuarterBytes, p.code_width);
+    } else {
+#pragma unroll
+      for (int w = 0; w < C::Map::kGroups; ++w) tile.words[r][w] = 0;
+    }
+  }
+  return tile;
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     expand_kernel(const __grid_constant__ ExpandParams p) {
@@ -182,6 +216,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& s_rotation = *reinterpret_cast<typename C::Rotation*>(ptx::dynamic_shared());
   __shared__ uint32_t s_scratch;
 
+  // By a shuffle: tells the compiler that a warp has one value.
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / kWarpSize), 0);
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
   const ExpandSide& side = p.sides[blockIdx.x % p.num_sides];
@@ -211,32 +246,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const uint32_t split_centroids = split_fp16(centroid * c_scale);
   const float unscale = 1.f / (c_scale * r_scale);
 
+  const int stride = num_ctas * C::kWarps;
+  int tile_idx = warp * num_ctas + cta;
+  CodeTile<C> next;
+  if constexpr (C::kPrefetch) next = load_codes<C>(p, side, tile_idx);
   // All warps of a CTA run the same number of rounds, because slices are filled together.
-  for (int first = 0; first < num_tiles; first += num_ctas * C::kWarps) {
-    const int tile_idx = first + warp * num_ctas + cta;
+  for (int first = 0; first < num_tiles; first += stride) {
     if (C::kSlices == 1 && tile_idx >= num_tiles) break;
-    // [2/4] Rows g (even t) and g + 8 (odd t) of the tile are found by one lane each, and read by
-    // four.
-    const ExpandRow own = find_row(p, side, tile_idx * 16 + lane / 4 + lane % 2 * 8);
-    uint32_t words[2][Map::kGroups];
-    uint8_t* out[2];
-    float norm[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      out[r] = reinterpret_cast<uint8_t*>(
-          __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own.out), r, 4));
-      const uint8_t* codes = reinterpret_cast<const uint8_t*>(
-          __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own.codes), r, 4));
-      norm[r] = __shfl_sync(kFullWarp, own.norm, r, 4);
-      if (out[r] != nullptr) {
-        read_words(words[r], codes + t * Map::kQuarterBytes, p.code_width);
-      } else {
-#pragma unroll
-        for (int w = 0; w < Map::kGroups; ++w) words[r][w] = 0;
-      }
-    }
+    // [2/4] The codes of this tile.
+    if constexpr (!C::kPrefetch) next = load_codes<C>(p, side, tile_idx);
+    const CodeTile<C> tile = next;
+    tile_idx += stride;
 
     if (!rotated) {
+      if constexpr (C::kPrefetch) next = load_codes<C>(p, side, tile_idx);
       // [3/4] Centroids times the norm, in the lane's quarter.
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -244,9 +267,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         for (int w = 0; w < Map::kGroups; ++w) {
           float v[8];
 #pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = look_up(centroid, words[r][w], e) * norm[r];
-          if (out[r] != nullptr) {
-            write_values<T>(out[r] + (t * Map::kQuarter + 8 * w) * sizeof(T), v, p.aligned_output);
+          for (int e = 0; e < 8; ++e) v[e] = look_up(centroid, tile.words[r][w], e) * tile.norm[r];
+          if (tile.out[r] != nullptr) {
+            write_values<T>(tile.out[r] + (t * Map::kQuarter + 8 * w) * sizeof(T), v,
+                            p.aligned_output);
           }
         }
       }
@@ -257,10 +281,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     uint32_t high[Map::kSteps][4], low[Map::kSteps][4];
 #pragma unroll
     for (int step = 0; step < Map::kSteps; ++step) {
-      decode_step(high[step], low[step], words[0][step / 2], words[1][step / 2], step,
+      decode_step(high[step], low[step], tile.words[0][step / 2], tile.words[1][step / 2], step,
                   split_centroids);
     }
-    const float factors[2] = {norm[0] * unscale, norm[1] * unscale};
+    // The products hide the next tile's loads.
+    if constexpr (C::kPrefetch) next = load_codes<C>(p, side, tile_idx);
+    const float factors[2] = {tile.norm[0] * unscale, tile.norm[1] * unscale};
 #pragma unroll 1
     for (int group = 0; group < Map::kGroups; ++group) {
       if constexpr (C::kSlices > 1) {
@@ -293,8 +319,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         float v[8];
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[e] = acc[e / 2][2 * r + e % 2] * factors[r];
-        if (out[r] != nullptr) {
-          write_values<T>(out[r] + Map::output_dim(4 * group, t, 0) * sizeof(T), v,
+        if (tile.out[r] != nullptr) {
+          write_values<T>(tile.out[r] + Map::output_dim(4 * group, t, 0) * sizeof(T), v,
                           p.aligned_output);
         }
       }

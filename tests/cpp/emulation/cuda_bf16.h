@@ -1,2 +1,3 @@
-// Stands in for the toolkit's header: see cuda_cpu.h.
+// Stands in for the toolkit's header: see cuda_cpu.h and intrinsics.h.
 #pragma once
+#include "intrinsics.h"
