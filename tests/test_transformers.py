@@ -40,10 +40,10 @@ from tq4.integrations.folding import folded  # noqa: E402
 from tq4.integrations.transformers import CompressedKV, TQ4Cache, TQ4Layer, fold_rotation  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-#: Relative error of one attention call: rounding of the output (fp16), and of the INT8 recipe.
-CALL_BOUND = {False: 3e-3, True: 2e-2}
+#: Relative error of the worst row of all calls, without and with the INT8 recipe; a mistake is an error of 1.
+CALL_BOUND = {False: 1e-2, True: 4e-2}
 #: Relative error of logits against the round-trip cache; TQ4 itself moves them by 0.06 to 0.15.
-LOGITS_BOUND = 0.05
+LOGITS_BOUND = 0.08
 
 
 # ---- Each call against dense attention over the pages.
@@ -177,7 +177,7 @@ def test_options(probe, options, device):
         [True] * 4 if not dense else [False, True, True, False]
     )
     assert check.calls == (4 - dense) * int(mask.sum())
-    assert check.worst < 2.5e-2  # the output is rounded to bfloat16
+    assert check.worst < CALL_BOUND[True]
     same = RoundTripCache(
         model.config,
         norm_correction=options.get("norm_correction", False),
@@ -197,7 +197,7 @@ def test_every_backend(probe, backend):
         pytest.skip(reason)
     check = probe(None)
     feed(model, TQ4Cache(model, backend=backend), tokens(2, 150, "cuda"), None, [140, 1, 8, 1], "tq4")
-    assert check.calls and check.worst < 2.5e-2
+    assert check.calls and check.worst < CALL_BOUND[True]
 
 
 # ---- The whole model.
@@ -271,6 +271,18 @@ def test_chunks_do_not_change_the_answer():
     whole = feed(model, TQ4Cache(model), ids, None, [40], "tq4")
     pieces = feed(model, TQ4Cache(model), ids, None, [17, 16, 1, 6], "tq4")
     assert relative(pieces, whole) < LOGITS_BOUND
+
+
+def test_a_static_cache_is_dense_attention_too():
+    from transformers.cache_utils import StaticCache
+
+    model = tiny_model("llama")
+    ids, mask = left_padded([20, 9])
+    logits = [
+        feed(model, StaticCache(config=model.config, max_cache_len=24), ids, mask, [12, 1, 7], kind)
+        for kind in ("tq4", "sdpa")
+    ]
+    assert relative(logits[0][mask > 0], logits[1][mask > 0]) < 5e-3
 
 
 # ---- Rearranging.
@@ -512,7 +524,7 @@ def test_folding_changes_no_logits(name, probe):
     assert relative(feed(model, None, ids, None, [20], "eager"), before) < 2e-2
     check = probe(None)
     after = feed(model, TQ4Cache(model), ids, None, [12, 1, 7], "tq4")
-    assert check.calls and check.worst < 2.5e-2
+    assert check.calls and check.worst < CALL_BOUND[True]
     assert relative(after, compressed) < 2 * LOGITS_BOUND
 
 
