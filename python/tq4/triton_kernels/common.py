@@ -212,7 +212,12 @@ def group_offsets(table, first_token, last_group, P: tl.constexpr, TOKENS: tl.co
 def token_offsets(page, token, STRIDE: tl.constexpr):
     """Byte offsets int64 [TOKENS] of the tokens of some groups (of :func:`group_offsets`)."""
     first = page + token * STRIDE
-    offsets = first[:, None] + (tl.arange(0, GROUP_TOKENS) * STRIDE)[None, :]
+    # Token 8 i + 2 t + r, added in this order: in a product's layout t is a lane and i and r are registers,
+    # so that the last two additions become immediate offsets.
+    lanes = (tl.arange(0, 4) * (2 * STRIDE))[None, None, :, None]
+    rows = (tl.arange(0, 2) * (8 * STRIDE))[None, :, None, None]
+    pairs = (tl.arange(0, 2) * STRIDE)[None, None, None, :]
+    offsets = first[:, None, None, None] + lanes + rows + pairs
     return tl.reshape(offsets, (first.shape[0] * GROUP_TOKENS,))
 
 
