@@ -343,7 +343,7 @@ def combine_kernel(
     else:
         m = tl.full((BLOCK_M,), LOWEST, tl.float32)
         l = tl.zeros((BLOCK_M,), tl.float32)
-    for share in tl.range(first_share, last_share + 1):
+    for share in tl.range(first_share, last_share + 1, num_stages=4):
         slot = ((share + seq).to(tl.int64) * NUM_KV_HEADS + head) * max_rows + row
         part_m = tl.load(partial_sums + slot * 2, mask=row_valid, other=LOWEST)
         part_l = tl.load(partial_sums + slot * 2 + 1, mask=row_valid, other=0.0)
