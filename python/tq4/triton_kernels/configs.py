@@ -171,7 +171,7 @@ def queries_config(capability: tuple[int, int], head_dim: int) -> RowsConfig:
     asynchronous wgmma with their left operand in registers, and the loop over chunks overwrites it too early
     (seen on an H200: every rotated row NaN at D = 96 and 128, right at 64, which is a single chunk).
     """
-    return RowsConfig(32, _chunk(capability, head_dim), 4)
+    return RowsConfig(32, 32, 4)
 
 
 def encode_config(
