@@ -407,3 +407,15 @@ def test_unknown_architectures_get_their_closest_relative():
     }
     for capability, name in names.items():
         assert configs.architecture(capability) == name
+
+
+def test_tuning_times_candidates_and_restores_the_table():
+    from tq4.triton_kernels import tune
+
+    shape = {"batch": 2, "kv_len": 40, "head_dim": 64, "heads": (2, 1), "device": torch.device("cpu")}
+    for op, query_len, table in (("prefill", 40, configs.PREFILL), ("decode", 1, configs.DECODE)):
+        before = {name: dict(row) for name, row in table.items()}
+        every = tune.prefill_candidates if op == "prefill" else tune.decode_candidates
+        results = tune.tune(op, query_len=query_len, candidates=list(every(64))[:2], **shape)
+        assert len(results) == 2 and results[0][0] <= results[1][0] < float("inf")
+        assert table == before
