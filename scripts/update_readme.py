@@ -4,8 +4,8 @@
     python scripts/update_readme.py --check    # exit status 1 where README.md says something else
 
 Benchmark tables stand between ``<!-- benchmark:OP -->`` markers and come from benchmarks/results (see
-benchmarks/table.py); demo tables stand between ``<!-- demo:NAME -->`` markers and come from
-benchmarks/demo/NAME.json, which ``tq4 demo --json`` writes.
+benchmarks/table.py); the demo's table stands between ``<!-- demo -->`` markers and comes from a file of
+benchmarks/demo, which ``tq4 demo --json`` writes: of a GPU if there is one, else cpu.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import record  # noqa: E402
 import table  # noqa: E402
 from tq4 import demo  # noqa: E402
 
-_DEMO = re.compile(r"(<!-- demo:(?P<name>[\w-]+) -->\n).*?(<!-- /demo:(?P=name) -->)", re.DOTALL)
+_DEMO = re.compile(r"(<!-- demo -->\n).*?(<!-- /demo -->)", re.DOTALL)
+
+
+def demo_record() -> Path:
+    """The demo result that README.md shows."""
+    folder = ROOT / "benchmarks" / "demo"
+    return next((path for path in sorted(folder.glob("*.json")) if path.stem != "cpu"), folder / "cpu.json")
 
 
 def render_demo(path: Path) -> str:
@@ -43,12 +49,8 @@ def update(text: str) -> str:
     for op in re.findall(r"<!-- benchmark:([a-z]+) -->", text):
         tables.setdefault(op, f"Not recorded yet: `python benchmarks/bench.py {op}` on a GPU records it.")
     text = table.update(text, tables)
-    return _DEMO.sub(
-        lambda match: (
-            match[1] + render_demo(ROOT / "benchmarks" / "demo" / f"{match['name']}.json") + "\n" + match[3]
-        ),
-        text,
-    )
+    shown = render_demo(demo_record())
+    return _DEMO.sub(lambda match: f"{match[1]}{shown}\n{match[2]}", text)
 
 
 def main() -> int:

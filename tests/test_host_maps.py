@@ -36,7 +36,7 @@ def host_maps(tmp_path_factory):
     pybind11 = pytest.importorskip("pybind11")
     source = ROOT / "tests" / "cpp" / "host_maps.cpp"
     digest = hashlib.sha256()
-    for file in sorted([source, *CSRC.glob("*.h"), *CSRC.glob("device/*")]):
+    for file in sorted([source, *source.parent.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("device/*")]):
         digest.update(file.read_bytes())
     base = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):

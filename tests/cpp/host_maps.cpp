@@ -3,13 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cmath>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "device/cell_table.cuh"
+#include "cell_quantiser.h"
 #include "device/decode_plan.h"
 #include "device/fragment_map.cuh"
 #include "device/prefill_schedule.cuh"
@@ -110,30 +108,16 @@ fragment_map(int head_dim) {
   });
 }
 
-uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
 // Indices of values among 15 boundaries by the cell table: (usable, as even dims, as odd dims).
 std::tuple<bool, std::vector<int>, std::vector<int>> cell_indices(
     const std::array<float, 15>& boundaries, const std::vector<float>& values) {
-  const tq4::CellAxis axis = tq4::make_cell_axis(boundaries.data());
-  tq4::Cell cells[tq4::kCells];
-  bool usable = true;
-  for (int c = 0; c < tq4::kCells; ++c) {
-    cells[c] = tq4::make_cell(boundaries.data(), axis, c);
-    usable = usable && cells[c].exact;
-  }
+  const tq4::test::CellQuantiser quantiser(boundaries.data());
   std::vector<int> even, odd;
   for (float y : values) {
-    const float u = tq4::cell_position(axis, y);
-    const tq4::Cell& cell = cells[bits_of(std::fma(u, tq4::kCellSpan, 8388608.f)) & 31];
-    even.push_back(bits_of(std::fma(u, tq4::kCellStep, cell.even_intercept)) >> 19 & 15);
-    odd.push_back(bits_of(std::fma(u, tq4::kCellStep, cell.odd_intercept)) >> 15 & 15);
+    even.push_back(quantiser.even(y));
+    odd.push_back(quantiser.odd(y));
   }
-  return {usable, even, odd};
+  return {quantiser.usable(), even, odd};
 }
 
 // [(cta, seq, chunk, first tile, end tile)] of a decode batch over a grid.

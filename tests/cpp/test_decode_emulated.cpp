@@ -1,17 +1,16 @@
-// The decode kernels themselves, run on the CPU (cuda_cpu.h), against attention in double precision: all
-// modes, layouts and head dimensions, windows, soft cap, sinks, several query tokens, poisoned tails and
-// garbage in the block table.  Compiled against a copy of csrc/device beside the ptx/ directory here.
-#include "cuda_cpu.h"
+// The decode kernels themselves, run on the CPU (cuda_cpu.h), against attention in double
+// precision: all modes, layouts and head dimensions, windows, soft cap, sinks, several query
+// tokens, poisoned tails and garbage in the block table.  Compiled against a copy of csrc/device
+// beside the ptx/ directory here.
+#include <string>
 
+#include "check.h"
+#include "cuda_cpu.h"
 #include "device/decode_combine.cuh"
 #include "device/decode_kernel.cuh"
 #include "device/decode_plan.h"
 #include "device/decode_prepare.cuh"
 #include "layout.h"
-
-#include <string>
-
-#include "check.h"
 
 namespace {
 
@@ -36,11 +35,11 @@ struct Case {
   int window_left = -1, window_right = 0;
   float softcap = 0.f;
   bool sinks = false;
-  float norm_scale = 1.f;     // of V
-  float wild_norms = 0.f;     // spread of the norms, in powers of two
+  float norm_scale = 1.f;  // of V
+  float wild_norms = 0.f;  // spread of the norms, in powers of two
   float codebook_scale = 1.f;
   bool nan_row = false;
-  bool zero_values = false;   // some V norms are zero, their keys dominate
+  bool zero_values = false;  // some V norms are zero, their keys dominate
 };
 
 double gaussian(Random* random) {
@@ -49,8 +48,9 @@ double gaussian(Random* random) {
 }
 
 // The 16-level Gaussian quantiser, rounded; any values would do.
-constexpr float kCentroids[16] = {-2.733f, -2.069f, -1.618f, -1.256f, -0.942f, -0.657f, -0.388f, -0.128f,
-                                  0.128f,  0.388f,  0.657f,  0.942f,  1.256f,  1.618f,  2.069f,  2.733f};
+constexpr float kCentroids[16] = {-2.733f, -2.069f, -1.618f, -1.256f, -0.942f, -0.657f,
+                                  -0.388f, -0.128f, 0.128f,  0.388f,  0.657f,  0.942f,
+                                  1.256f,  1.618f,  2.069f,  2.733f};
 constexpr int kCodes[16] = {-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104};
 constexpr float kCodeUnit = 2.733f / 104.f;
 
@@ -61,7 +61,8 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
     using Config = decltype(config);
     emulation::launch(tq4::decode_kernel<Config>, plan.grid, Config::kThreads, p, plan);
   };
-  if (plan.mode == DecodeMode::kFp16Rows8) return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
+  if (plan.mode == DecodeMode::kFp16Rows8)
+    return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
   if constexpr (D != 256) {
     if (plan.mode == DecodeMode::kInt8Rows16) {
       if (!plan.bulk) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, true>{});
@@ -75,14 +76,16 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
 }
 
 template <int D>
-void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int rows_per_cta) {
+void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int rows_per_block) {
   const int rows = p.num_tokens * p.num_q_heads;
-  emulation::launch(tq4::decode_prepare_kernel<D>, tq4::ceil_div(rows, tq4::kPrepareRows),
-                    tq4::prepare_threads<D>(), p, plan);
+  emulation::launch(tq4::decode_prepare_kernel<D>,
+                    std::min(2, tq4::ceil_div(rows, tq4::kPrepareRows)),
+                    tq4::PrepareConfig<D>::kThreads, p, plan);
   run_main<D>(p, plan);
   const int out_rows = p.num_seqs * p.max_query_len * p.num_q_heads;
-  emulation::launch(tq4::decode_combine_kernel<D>, tq4::ceil_div(out_rows, rows_per_cta),
-                    tq4::kCombineThreads, p, plan, rows_per_cta);
+  emulation::launch(tq4::decode_combine_kernel<D>,
+                    std::min(3, tq4::ceil_div(out_rows, rows_per_block)), tq4::kCombineThreads, p,
+                    plan, rows_per_block);
 }
 
 void run(const std::string& name, const Case& c, uint64_t seed) {
@@ -105,7 +108,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   const int num_blocks = used_blocks + 2;
   std::vector<int> free_blocks(num_blocks);
   for (int i = 0; i < num_blocks; ++i) free_blocks[i] = i;
-  for (int i = num_blocks - 1; i > 0; --i) std::swap(free_blocks[i], free_blocks[random.range(0, i)]);
+  for (int i = num_blocks - 1; i > 0; --i)
+    std::swap(free_blocks[i], free_blocks[random.range(0, i)]);
   std::vector<int32_t> block_table(static_cast<size_t>(num_seqs) * max_blocks, 0x7ffffff0);
   for (int s = 0; s < num_seqs; ++s) {
     for (int b = 0; b < tq4::ceil_div(c.lengths[s], c.block_size); ++b) {
@@ -115,15 +119,16 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   }
   const int64_t page = tq4::head_page_bytes(c.block_size, D);
   const int64_t row_bytes = tq4::token_bytes(hkv, D) + (c.layout == Layout::kPaddedRows ? 20 : 0);
-  const int64_t cache_bytes = static_cast<int64_t>(num_blocks) *
-                              std::max<int64_t>(page * hkv, row_bytes * c.block_size);
+  const int64_t cache_bytes =
+      static_cast<int64_t>(num_blocks) * std::max<int64_t>(page * hkv, row_bytes * c.block_size);
   std::vector<uint8_t> storage(cache_bytes + 64, 0xff);
   uint8_t* base = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64;
   tq4::PageView view;
   switch (c.layout) {
     case Layout::kTokenMajor:
     case Layout::kPaddedRows:
-      view = tq4::token_major_view(base, num_blocks, hkv, c.block_size, D, row_bytes * c.block_size, row_bytes);
+      view = tq4::token_major_view(base, num_blocks, hkv, c.block_size, D, row_bytes * c.block_size,
+                                   row_bytes);
       break;
     case Layout::kHeadMajor:
       view = tq4::head_major_view(base, num_blocks, hkv, c.block_size, D, page * hkv, page);
@@ -141,33 +146,40 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
     centroids[i] = kCentroids[i] * c.codebook_scale;
     codes[i] = static_cast<int8_t>(kCodes[i]);
     // fp16 of the centroid in a power-of-two unit: rounding does not depend on the unit.
-    exact_half[i] = emulation::half_to_float(emulation::float_to_half(kCentroids[i])) * c.codebook_scale;
+    exact_half[i] =
+        emulation::half_to_float(emulation::float_to_half(kCentroids[i])) * c.codebook_scale;
   }
   std::vector<std::vector<double>> keys(num_seqs), values(num_seqs);
   for (int s = 0; s < num_seqs; ++s) {
     keys[s].resize(static_cast<size_t>(c.lengths[s]) * hkv * D);
     values[s].resize(keys[s].size());
     for (int token = 0; token < c.lengths[s]; ++token) {
-      uint8_t* block = base + block_table[s * max_blocks + token / c.block_size] * view.block_stride;
+      uint8_t* block =
+          base + block_table[s * max_blocks + token / c.block_size] * view.block_stride;
       const int in_block = token % c.block_size;
       for (int h = 0; h < hkv; ++h) {
         for (int which = 0; which < 2; ++which) {
           const double spread = std::exp2(c.wild_norms * (random.range(-100, 100) / 100.0));
-          float norm = static_cast<float>((0.5 + random.range(0, 100) / 100.0) * (which ? c.norm_scale * spread : 1.0));
+          float norm = static_cast<float>((0.5 + random.range(0, 100) / 100.0) *
+                                          (which ? c.norm_scale * spread : 1.0));
           if (c.zero_values) {
             if (which == 1 && token % 3 == 0) norm = 0.f;
             if (which == 0 && token % 3 == 0) norm *= 40.f;
           }
-          uint8_t* packed = block + (which ? view.v_codes : view.k_codes) + in_block * view.code_token_stride +
-                            h * view.code_head_stride;
-          std::memcpy(block + (which ? view.v_norms : view.k_norms) + in_block * view.norm_token_stride +
-                          h * view.norm_head_stride, &norm, 4);
+          uint8_t* packed = block + (which ? view.v_codes : view.k_codes) +
+                            in_block * view.code_token_stride + h * view.code_head_stride;
+          std::memcpy(block + (which ? view.v_norms : view.k_norms) +
+                          in_block * view.norm_token_stride + h * view.norm_head_stride,
+                      &norm, 4);
           auto& target = which ? values[s] : keys[s];
           for (int d = 0; d < D; ++d) {
             const int index = random.range(0, 15);
             uint8_t& byte = packed[d / 2];
-            byte = d % 2 == 0 ? static_cast<uint8_t>(index << 4 | (byte & 15)) : static_cast<uint8_t>((byte & 0xf0) | index);
-            const double entry = which == 1 || !c.int8 ? exact_half[index] : codes[index] * kCodeUnit * c.codebook_scale;
+            byte = d % 2 == 0 ? static_cast<uint8_t>(index << 4 | (byte & 15))
+                              : static_cast<uint8_t>((byte & 0xf0) | index);
+            const double entry = which == 1 || !c.int8
+                                     ? exact_half[index]
+                                     : codes[index] * kCodeUnit * c.codebook_scale;
             target[(static_cast<size_t>(token) * hkv + h) * D + d] = entry * norm;
           }
         }
@@ -182,12 +194,14 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   for (int token = 0; token < num_tokens; ++token) {
     for (int h = 0; h < hq; ++h) {
       for (int d = 0; d < D; ++d) {
-        float x = static_cast<float>(gaussian(&random)) * (h % 3 == 1 ? 4.f : 1.f) / c.codebook_scale;
+        float x =
+            static_cast<float>(gaussian(&random)) * (h % 3 == 1 ? 4.f : 1.f) / c.codebook_scale;
         if (c.nan_row && token == 0 && h == 1 && d == 5) x = NAN;
         uint16_t bits = c.bf16 ? emulation::float_to_bfloat(x) : emulation::float_to_half(x);
         q[token * token_stride + h * head_stride + d] = bits;
         q_exact[(static_cast<size_t>(token) * hq + h) * D + d] =
-            c.bf16 ? emulation::from_bits<float>(static_cast<uint32_t>(bits) << 16) : emulation::half_to_float(bits);
+            c.bf16 ? emulation::from_bits<float>(static_cast<uint32_t>(bits) << 16)
+                   : emulation::half_to_float(bits);
       }
     }
   }
@@ -242,14 +256,23 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.path = c.bulk ? tq4::Path::kAuto : tq4::Path::kPortable;
   const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
   std::vector<uint8_t> workspace(plan.workspace_bytes + 256, 0xff);
-  p.workspace = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256) % 256;
+  p.workspace =
+      workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256) % 256;
 
-  const int rows_per_cta = 1 << (seed % 5);
+  const int rows_per_block = 1 << (seed % 5);
   switch (D) {
-    case 64: run_all<64>(p, plan, rows_per_cta); break;
-    case 96: run_all<96>(p, plan, rows_per_cta); break;
-    case 128: run_all<128>(p, plan, rows_per_cta); break;
-    default: run_all<256>(p, plan, rows_per_cta); break;
+    case 64:
+      run_all<64>(p, plan, rows_per_block);
+      break;
+    case 96:
+      run_all<96>(p, plan, rows_per_block);
+      break;
+    case 128:
+      run_all<128>(p, plan, rows_per_block);
+      break;
+    default:
+      run_all<256>(p, plan, rows_per_block);
+      break;
   }
 
   // The same in double precision.
@@ -329,7 +352,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
           }
         }
         for (int d = D; d < head_stride; ++d) {
-          others_untouched = others_untouched && out[token * token_stride + h * head_stride + d] == 0x7e7e;
+          others_untouched =
+              others_untouched && out[token * token_stride + h * head_stride + d] == 0x7e7e;
         }
       }
     }
@@ -339,9 +363,10 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   }
   const double relative = size > 0 ? std::sqrt(error / size) : 0;
   const double bound = c.bf16 ? 4e-3 : 8e-4;
-  std::printf("%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s)\n",
-              name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
-              plan.copy.num_runs, plan.copy.reps, plan.copy.width, plan.bulk ? "bulk" : "cp.async");
+  std::printf(
+      "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s)\n",
+      name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
+      plan.copy.num_runs, plan.copy.reps, plan.copy.width, plan.bulk ? "bulk" : "cp.async");
   CHECK(relative < bound);
   // Without the residual a tie may round the other way in double precision.
   CHECK(worst_lse < (plan.mode == tq4::DecodeMode::kInt8Rows16 ? 5e-3 : 1e-3));
@@ -368,10 +393,13 @@ int main(int argc, char** argv) {
   test("rotation 96", [](Case& c) { c.rotate = true, c.head_dim = 96, c.lengths = {33}; });
   test("rotation 64", [](Case& c) { c.rotate = true, c.head_dim = 64, c.lengths = {33}; });
   test("8 heads", [](Case& c) { c.num_kv_heads = 8, c.lengths = {100, 3, 50}, c.num_sms = 3; });
-  test("one head, 1 row", [](Case& c) { c.num_kv_heads = 1, c.group = 1, c.lengths = {333}, c.num_sms = 1; });
-  test("one head, odd rows", [](Case& c) { c.num_kv_heads = 1, c.group = 7, c.lengths = {70, 20}; });
+  test("one head, 1 row",
+       [](Case& c) { c.num_kv_heads = 1, c.group = 1, c.lengths = {333}, c.num_sms = 1; });
+  test("one head, odd rows",
+       [](Case& c) { c.num_kv_heads = 1, c.group = 7, c.lengths = {70, 20}; });
   test("3 heads, 5 rows", [](Case& c) { c.num_kv_heads = 3, c.group = 5, c.lengths = {50}; });
-  test("18 heads", [](Case& c) { c.num_kv_heads = 18, c.group = 1, c.lengths = {20, 30}, c.num_sms = 5; });
+  test("18 heads",
+       [](Case& c) { c.num_kv_heads = 18, c.group = 1, c.lengths = {20, 30}, c.num_sms = 5; });
   test("20 heads apart", [](Case& c) {
     c.num_kv_heads = 20, c.group = 1, c.lengths = {20, 30}, c.layout = Layout::kHeadMajorApart;
   });
@@ -385,16 +413,18 @@ int main(int argc, char** argv) {
   });
   test("token-major, 128", [](Case& c) { c.block_size = 128, c.lengths = {145, 70, 128}; });
   test("portable", [](Case& c) { c.bulk = false, c.lengths = {145, 70, 128}, c.num_kv_heads = 4; });
-  test("portable, one head", [](Case& c) { c.bulk = false, c.num_kv_heads = 1, c.lengths = {145}; });
+  test("portable, one head",
+       [](Case& c) { c.bulk = false, c.num_kv_heads = 1, c.lengths = {145}; });
   test("portable, padded", [](Case& c) { c.bulk = false, c.layout = Layout::kPaddedRows; });
   test("portable, sm_86", [](Case& c) {
-    c.bulk = false, c.arch = 86, c.num_kv_heads = 8, c.lengths = {60, 90}, c.layout = Layout::kHeadMajor,
-    c.block_size = 32;
+    c.bulk = false, c.arch = 86, c.num_kv_heads = 8, c.lengths = {60, 90},
+    c.layout = Layout::kHeadMajor, c.block_size = 32;
   });
   for (int head_dim : {64, 96, 128, 256}) {
     const std::string suffix = " D " + std::to_string(head_dim);
     test(("rows 16" + suffix).c_str(), [&](Case& c) {
-      c.head_dim = head_dim, c.group = 4, c.queries = {4, 0, 2}, c.lengths = {60, 20, 1}, c.max_query_len = 4;
+      c.head_dim = head_dim, c.group = 4, c.queries = {4, 0, 2}, c.lengths = {60, 20, 1},
+      c.max_query_len = 4;
     });
     test(("rows 16 portable" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.group = 16, c.lengths = {60, 20}, c.bulk = false;
@@ -411,10 +441,11 @@ int main(int argc, char** argv) {
     c.head_dim = 256, c.group = 4, c.queries = {16, 16}, c.lengths = {40, 20}, c.max_query_len = 16,
     c.num_kv_heads = 1;
   });
-  test("more queries than keys", [](Case& c) {
-    c.queries = {5, 3}, c.lengths = {3, 0}, c.max_query_len = 5, c.group = 3;
+  test("more queries than keys",
+       [](Case& c) { c.queries = {5, 3}, c.lengths = {3, 0}, c.max_query_len = 5, c.group = 3; });
+  test("not causal", [](Case& c) {
+    c.queries = {3}, c.lengths = {50}, c.max_query_len = 3, c.window_right = -1;
   });
-  test("not causal", [](Case& c) { c.queries = {3}, c.lengths = {50}, c.max_query_len = 3, c.window_right = -1; });
   test("window left", [](Case& c) { c.lengths = {150, 20}, c.window_left = 37; });
   test("window left, 3 queries", [](Case& c) {
     c.queries = {3, 1}, c.lengths = {150, 20}, c.max_query_len = 3, c.window_left = 20;
@@ -425,11 +456,14 @@ int main(int argc, char** argv) {
   test("soft cap", [](Case& c) { c.softcap = 2.f; });
   test("sinks", [](Case& c) { c.sinks = true, c.lengths = {50, 0, 3}; });
   test("small norms", [](Case& c) { c.norm_scale = 1e-4f, c.wild_norms = 3.f, c.bf16 = true; });
-  test("wild norms", [](Case& c) { c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {200}, c.bf16 = true; });
+  test("wild norms", [](Case& c) {
+    c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {200}, c.bf16 = true;
+  });
   test("huge norms", [](Case& c) { c.norm_scale = 1e6f, c.wild_norms = 10.f, c.bf16 = true; });
   test("zero values", [](Case& c) { c.zero_values = true, c.bf16 = true, c.lengths = {90}; });
   test("tiny codebook", [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true; });
-  test("tiny codebook fp16", [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false; });
+  test("tiny codebook fp16",
+       [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false; });
   test("NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
   test("many sequences", [](Case& c) {
     c.lengths.clear();

@@ -1,15 +1,16 @@
 // csrc/device/fragment_map.cuh, cell_table.cuh and common.cuh: what store and gather rest on.
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <set>
 
+#include "cell_quantiser.h"
 #include "check.h"
-#include "device/cell_table.cuh"
 #include "device/common.cuh"
 #include "device/fragment_map.cuh"
 
 namespace {
+
+using tq4::test::CellQuantiser;
 
 template <int D>
 void check_fragment_map() {
@@ -18,7 +19,8 @@ void check_fragment_map() {
   for (int step = 0; step < Map::kSteps; ++step) {
     for (int high = 0; high < 2; ++high) {
       for (int t = 0; t < 4; ++t) {
-        for (int odd = 0; odd < 2; ++odd) CHECK(inputs.insert(Map::input_dim(step, high, t, odd)).second);
+        for (int odd = 0; odd < 2; ++odd)
+          CHECK(inputs.insert(Map::input_dim(step, high, t, odd)).second);
       }
     }
   }
@@ -27,8 +29,9 @@ void check_fragment_map() {
       for (int odd = 0; odd < 2; ++odd) {
         const int code = Map::code_dim(tile, t, odd), output = Map::output_dim(tile, t, odd);
         CHECK(codes.insert(code).second && outputs.insert(output).second);
-        CHECK(code / Map::kQuarter == t && code % 2 == odd);  // a lane owns its quarter's code bytes
-        CHECK(output % 2 == odd && output % 32 / 8 == t);     // and chunk t of each 64 bytes
+        CHECK(code / Map::kQuarter == t &&
+              code % 2 == odd);                            // a lane owns its quarter's code bytes
+        CHECK(output % 2 == odd && output % 32 / 8 == t);  // and chunk t of each 64 bytes
       }
     }
   }
@@ -49,41 +52,10 @@ void check_fragment_map() {
   }
 }
 
-uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// The four instructions of the kernel, for an even and an odd dimension.
-struct Indices {
-  int even, odd;
-};
-
-Indices cell_index(const float* boundaries, float y) {
-  const tq4::CellAxis axis = tq4::make_cell_axis(boundaries);
-  const float u = tq4::cell_position(axis, y);
-  const float c = std::fma(u, tq4::kCellSpan, 8388608.f);
-  float positions[15];
-  for (int i = 0; i < 15; ++i) positions[i] = tq4::boundary_position(boundaries, i);
-  const tq4::Cell cell = tq4::make_cell(positions, bits_of(c) & 31);
-  const uint32_t even = bits_of(std::fma(u, tq4::kCellStep, cell.even_intercept));
-  const uint32_t odd = bits_of(std::fma(u, tq4::kCellStep, cell.odd_intercept));
-  return {static_cast<int>(even >> 19 & 15), static_cast<int>(odd >> 15 & 15)};
-}
-
 int count_below(const float* boundaries, float y) {
   int count = 0;
   for (int i = 0; i < 15; ++i) count += boundaries[i] < y ? 1 : 0;
   return count;
-}
-
-bool usable(const float* boundaries) {
-  float positions[15];
-  for (int i = 0; i < 15; ++i) positions[i] = tq4::boundary_position(boundaries, i);
-  bool exact = true;
-  for (int c = 0; c < tq4::kCells; ++c) exact = exact && tq4::make_cell(positions, c).exact;
-  return exact;
 }
 
 void check_cells() {
@@ -95,12 +67,12 @@ void check_cells() {
       boundaries[7 + i] = static_cast<float>(normal[i] / std::sqrt(head_dim));
       boundaries[7 - i] = -boundaries[7 + i];
     }
-    CHECK(usable(boundaries));
+    const CellQuantiser quantiser(boundaries);
+    CHECK(quantiser.usable());
     const auto check = [&](float y) {
-      const Indices got = cell_index(boundaries, y);
       const int low = count_below(boundaries, y - 1e-6f), high = count_below(boundaries, y + 1e-6f);
-      CHECK(low <= got.even && got.even <= high);
-      CHECK(low <= got.odd && got.odd <= high);
+      CHECK(low <= quantiser.even(y) && quantiser.even(y) <= high);
+      CHECK(low <= quantiser.odd(y) && quantiser.odd(y) <= high);
     };
     for (int i = -20000; i <= 20000; ++i) check(static_cast<float>(i) / 20000.f);
     for (float boundary : boundaries) {
@@ -116,7 +88,9 @@ void check_cells() {
     nan[i] = i == 4 ? std::numeric_limits<float>::quiet_NaN() : 0.01f * i;
     close[i] = i < 14 ? 1e-4f * i : 0.5f;
   }
-  CHECK(!usable(equal) && !usable(backward) && !usable(nan) && !usable(close));
+  for (const float* boundaries : {equal, backward, nan, close}) {
+    CHECK(!CellQuantiser(boundaries).usable());
+  }
 }
 
 void check_merges() {

@@ -1,9 +1,11 @@
-// Runs a CUDA kernel on the CPU, one CTA at a time, one fiber a thread: for testing kernels where there
-// is no GPU.  Included before the kernel's headers, whose ptx/ directory is replaced by the one here.
+// Runs a CUDA kernel on the CPU, one CTA at a time, one fiber a thread: for testing kernels where
+// there is no GPU.  Included before the kernel's headers, whose ptx/ directory is replaced by the
+// one here.
 //
-// What is faithful: the order of collectives (a warp collective waits for its 32 lanes and checks that all
-// of them called the same one), barriers, mbarrier phases, asynchronous copies that land late and in any
-// order, fragment layouts, rounding of inputs.  What is not: memory ordering, timing, caches.
+// What is faithful: the order of collectives (a warp collective waits for its 32 lanes and checks
+// that all of them called the same one), barriers, mbarrier phases, asynchronous copies that land
+// late and in any order, fragment layouts, rounding of inputs.  What is not: memory ordering,
+// timing, caches.
 #pragma once
 #include <ucontext.h>
 
@@ -73,8 +75,8 @@ struct Fiber {
   bool done = true;
 };
 
-// Collectives of a warp: operands are exchanged in one of two buffers, used in turn, so that a fast lane
-// can enter the next collective while a slow one still reads the last.
+// Collectives of a warp: operands are exchanged in one of two buffers, used in turn, so that a fast
+// lane can enter the next collective while a slow one still reads the last.
 struct Warp {
   int arrived = 0;
   uint64_t generation = 0;
@@ -101,7 +103,8 @@ class Machine {
   std::vector<Warp> warps;
   NamedBarrier barriers[16];
   std::map<uint32_t, Mbarrier> mbarriers;
-  // Copies in flight: run later, in random order among threads.  Those of one queue keep their order.
+  // Copies in flight: run later, in random order among threads.  Those of one queue keep their
+  // order.
   std::map<int, std::deque<std::function<void()>>> flying;
   uint64_t random = 1;
   uint64_t progress = 0;  // counts what may unblock somebody
@@ -232,13 +235,14 @@ void launch(Kernel kernel, int grid, int threads, const Args&... args) {
 inline int lane() { return machine().self().thread.x % 32; }
 
 // All 32 lanes call this with the same `kind`; returns the buffer of the lanes' operands.
-inline uint64_t (*exchange(int kind, uint64_t a, uint64_t b = 0, uint64_t c = 0, uint64_t d = 0))[4] {
+inline uint64_t (*exchange(int kind, uint64_t a, uint64_t b = 0, uint64_t c = 0,
+                           uint64_t d = 0))[4] {
   Machine& m = machine();
   Warp& warp = m.warps[m.self().thread.x / 32];
   const uint64_t generation = warp.generation;
   if (warp.arrived == 0) warp.kind = kind;
   if (warp.kind != kind) fail("lanes of a warp are in different collectives");
-  uint64_t(*buffer)[4] = warp.operand[generation % 2];
+  uint64_t (*buffer)[4] = warp.operand[generation % 2];
   uint64_t* mine = buffer[lane()];
   mine[0] = a, mine[1] = b, mine[2] = c, mine[3] = d;
   if (++warp.arrived == 32) {
@@ -251,8 +255,20 @@ inline uint64_t (*exchange(int kind, uint64_t a, uint64_t b = 0, uint64_t c = 0,
   return buffer;
 }
 
-enum Kind { kSync = 1, kShuffle, kShuffleXor, kShuffleUp, kVote, kMmaInt8, kMmaHalf, kMmaTf32, kMmaTf32B,
-            kMmaInt8B, kMmaHalfB, kRegisters };
+enum Kind {
+  kSync = 1,
+  kShuffle,
+  kShuffleXor,
+  kShuffleUp,
+  kVote,
+  kMmaInt8,
+  kMmaHalf,
+  kMmaTf32,
+  kMmaTf32B,
+  kMmaInt8B,
+  kMmaHalfB,
+  kRegisters
+};
 
 inline void barrier(int id, int threads) {
   Machine& m = machine();
@@ -347,7 +363,9 @@ inline void __syncthreads() { emulation::barrier(0, emulation::machine().threads
 
 inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(emulation::to_bits(x)); }
 inline float __uint_as_float(uint32_t x) { return emulation::from_bits<float>(x); }
-inline float __int_as_float(int32_t x) { return emulation::from_bits<float>(static_cast<uint32_t>(x)); }
+inline float __int_as_float(int32_t x) {
+  return emulation::from_bits<float>(static_cast<uint32_t>(x));
+}
 inline int __float2int_rn(float x) {
   if (x != x) return 0;
   return static_cast<int>(std::nearbyint(std::max(-2147483648.f, std::min(2147483520.f, x))));

@@ -21,7 +21,8 @@ inline uint32_t pack_f16x2(float lo, float hi) {
   return emulation::float_to_half(lo) | static_cast<uint32_t>(emulation::float_to_half(hi)) << 16;
 }
 inline uint32_t pack_bf16x2(float lo, float hi) {
-  return emulation::float_to_bfloat(lo) | static_cast<uint32_t>(emulation::float_to_bfloat(hi)) << 16;
+  return emulation::float_to_bfloat(lo) | static_cast<uint32_t>(emulation::float_to_bfloat(hi))
+                                              << 16;
 }
 inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   const auto half = [](uint32_t x, int i) {
@@ -47,6 +48,8 @@ inline uint32_t dot_u8x4(uint32_t a, uint32_t b, uint32_t c) {
   return c;
 }
 
-inline uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+inline uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) {
+  return (a & mask) | (b & ~mask);
+}
 
 }  // namespace tq4::ptx

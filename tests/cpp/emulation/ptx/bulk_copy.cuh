@@ -12,7 +12,8 @@ inline void mbarrier_arrive_expect_bytes(uint32_t barrier, uint32_t bytes) {
 }
 
 inline void bulk_copy_to_shared(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier) {
-  if (reinterpret_cast<uintptr_t>(src) % 16 != 0 || bytes % 16 != 0) emulation::fail("misaligned bulk copy");
+  if (reinterpret_cast<uintptr_t>(src) % 16 != 0 || bytes % 16 != 0)
+    emulation::fail("misaligned bulk copy");
   auto& machine = emulation::machine();
   static int queue = 0;
   uint8_t* to = shared_pointer(dst, 16);

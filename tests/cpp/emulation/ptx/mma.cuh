@@ -30,7 +30,8 @@ inline void mma_m16n8k32_s8s8s32(int32_t (&d)[4], const uint32_t (&a)[4], uint32
   }
 }
 
-inline void mma_m16n8k16_f16f16f32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_m16n8k16_f16f16f32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                   uint32_t b1) {
   const auto as = emulation::exchange(emulation::kMmaHalf, a[0], a[1], a[2], a[3]);
   uint64_t all_a[32][4];
   std::memcpy(all_a, as, sizeof all_a);
@@ -41,7 +42,8 @@ inline void mma_m16n8k16_f16f16f32(float (&d)[4], const uint32_t (&a)[4], uint32
     double sum = d[i];
     for (int k = 0; k < 16; ++k) {
       const int quad = k % 8 / 2, high = k / 8;
-      sum += static_cast<double>(detail::half_of(all_a[4 * (row % 8) + quad][row / 8 + 2 * high], k % 2)) *
+      sum += static_cast<double>(
+                 detail::half_of(all_a[4 * (row % 8) + quad][row / 8 + 2 * high], k % 2)) *
              detail::half_of(bs[4 * col + quad][high], k % 2);
     }
     d[i] = static_cast<float>(sum);

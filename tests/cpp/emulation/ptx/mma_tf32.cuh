@@ -8,7 +8,9 @@ inline uint32_t tf32_high(float x) { return __float_as_uint(x) & 0xffffe000u; }
 inline uint32_t tf32_low(float x) { return __float_as_uint(x - __uint_as_float(tf32_high(x))); }
 
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const auto value = [](uint64_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) & 0xffffe000u); };
+  const auto value = [](uint64_t bits) {
+    return __uint_as_float(static_cast<uint32_t>(bits) & 0xffffe000u);
+  };
   const auto as = emulation::exchange(emulation::kMmaTf32, a[0], a[1], a[2], a[3]);
   uint64_t all_a[32][4];
   std::memcpy(all_a, as, sizeof all_a);

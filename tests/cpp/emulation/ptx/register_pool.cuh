@@ -5,8 +5,12 @@
 namespace tq4::ptx {
 
 template <int kRegisters>
-void take_registers() { emulation::exchange(emulation::kRegisters, 0); }
+void take_registers() {
+  emulation::exchange(emulation::kRegisters, 0);
+}
 template <int kRegisters>
-void give_registers() { emulation::exchange(emulation::kRegisters, 0); }
+void give_registers() {
+  emulation::exchange(emulation::kRegisters, 0);
+}
 
 }  // namespace tq4::ptx
