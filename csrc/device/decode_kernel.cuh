@@ -16,10 +16,10 @@
 //   team      0   1   0   1   0   1
 //   stage     0   1   2   3   0   1          num_stages = 4
 //
-// Barriers, per stage: full (producer -> consumers: the tile has landed) and empty (the slots of the
-// one team that read it -> producer: it may be overwritten).  At the end of a segment the active
-// consumers meet to merge their teams (decode_merge.cuh); the producer runs ahead into the next
-// segment meanwhile.
+// Barriers, per stage: full (producer -> consumers: the tile has landed) and empty (the slots of
+// the one team that read it -> producer: it may be overwritten).  At the end of a segment the
+// active consumers meet to merge their teams (decode_merge.cuh); the producer runs ahead into the
+// next segment meanwhile.
 //
 // Shared memory: pair table (32 KB; fp16 mode two) | barriers, scratch | merge exchange | stages
 #pragma once
@@ -42,9 +42,10 @@
 
 namespace tq4 {
 
-__device__ __forceinline__ DecodeBatch decode_batch(const AttentionParams& p, const DecodePlan& plan) {
-  return {p.seq_lens,      p.query_start_loc, p.num_seqs,       p.window_left,
-          p.window_right,  plan.num_chunks,   plan.segment_cost};
+__device__ __forceinline__ DecodeBatch decode_batch(const AttentionParams& p,
+                                                    const DecodePlan& plan) {
+  return {p.seq_lens,     p.query_start_loc, p.num_seqs,       p.window_left,
+          p.window_right, plan.num_chunks,   plan.segment_cost};
 }
 
 // [1/6] Where this CTA's share begins: a scan over the sequences' costs by the whole CTA.  CTA 0
@@ -92,8 +93,8 @@ __device__ __forceinline__ void find_share(const DecodeBatch& batch, int32_t* pr
     const int cost = cost_of(seq);
     const int prefix = before + scan(cost, sum);
     if (batch.num_seqs <= kThreads) total = sum;
-    const int64_t begin = share_begin(static_cast<int64_t>(total) * batch.num_chunks, blockIdx.x,
-                                      gridDim.x);
+    const int64_t begin =
+        share_begin(static_cast<int64_t>(total) * batch.num_chunks, blockIdx.x, gridDim.x);
     if (static_cast<int64_t>(prefix) * batch.num_chunks <= begin &&
         begin < static_cast<int64_t>(prefix + cost) * batch.num_chunks) {
       shared.start_seq = seq;
@@ -149,8 +150,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
       if (first >= segment.tile_end) break;
       const int page = next_page, ahead = first + kWarpSize + lane;
       if (ahead < segment.tile_end) {  // entries past the last tile are garbage and never read
-        next_page = p.block_table[segment.seq * p.block_table_stride +
-                                  plan.block_divider.quotient(ahead)];
+        next_page =
+            p.block_table[segment.seq * p.block_table_stride + plan.block_divider.quotient(ahead)];
       }
       const int count = first < segment.tile_begin ? 0 : min(kWarpSize, segment.tile_end - first);
 #pragma unroll 1
@@ -167,35 +168,37 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
   }
 }
 
-// [3/6] The lane's rows of one segment: quantised q and scales.
+// [3/6] The lane's rows of one segment: quantised q and scales.  Rows past the last repeat it;
+// nobody reads their results.
 template <typename Config>
 __device__ __forceinline__ void load_rows(const AttentionParams& p, const DecodePlan& plan,
-                                          const DecodeSegment& segment, int kv_head, int first_row,
-                                          float key_unit, DecodeRows<Config>& rows) {
-  constexpr int D = Config::D;
+                                          const DecodeSegment& segment, const ConsumerPlace& place,
+                                          DecodeRows<Config>& rows) {
+  constexpr int kRowBytes = Config::kInt8 ? Config::D : 2 * Config::D;
   const int g = threadIdx.x % kWarpSize / 4;
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
   const auto* scales = reinterpret_cast<const float*>(workspace + plan.query_scale);
+  const int kv_head = segment.chunk * plan.heads_per_chunk + place.head;
+  const int last = min(segment.num_queries * plan.group, plan.max_rows) - 1;
+  const uint8_t* source[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // A rows g and g + 8
     const int octet = Config::kOctets == 2 ? i : 0;
-    const int row = first_row + 8 * octet + g;
-    const bool exists = row < segment.num_queries * plan.group && row < plan.max_rows;
+    const int row = min(place.first_row + 8 * octet + g, last);
     const int query = row / plan.group;
     const int64_t index = static_cast<int64_t>(segment.query_begin + query) * p.num_q_heads +
                           kv_head * plan.group + (row - query * plan.group);
-    if (i < Config::kOctets) {
-      rows.scale[i] = exists ? scales[index] * key_unit : 0.f;
-    }
+    if (i < Config::kOctets) rows.scale[i] = scales[index] * place.key_unit;
     const int64_t codes = Config::kResidual && i == 1 ? plan.query_residual : plan.query_codes;
-    rows.source[i] = exists ? workspace + codes + index * (Config::kInt8 ? D : 2 * D) : nullptr;
+    source[i] = workspace + codes + index * kRowBytes;
   }
+  rows.source = source[0];
   if constexpr (Config::kHoldsQuery) {
     constexpr int kStep = Config::kInt8 ? 1 : 2;
 #pragma unroll
     for (int k = 0; k < Config::kKeySteps; k += kStep) {
       uint32_t a[kStep][4];
-      rows.load(k, a);
+      load_query<Config>(source[0], source[1], k, a);
 #pragma unroll
       for (int i = 0; i < kStep * 4; ++i) rows.q[k + i / 4][i % 4] = pinned(a[i / 4][i % 4]);
     }
@@ -228,11 +231,12 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
 template <typename Config, typename Hidden>
 __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage, uint32_t empty,
                                              uint32_t lane_table, const LaneOffsets& at,
-                                             const KeyCodes& key_codes, const DecodeRows<Config>& rows,
-                                             float cap_log2e, Hidden&& hidden_of_tile,
-                                             DecodeState<Config>& state) {
+                                             const KeyCodes& key_codes,
+                                             const DecodeRows<Config>& rows, float cap_log2e,
+                                             Hidden&& hidden_of_tile, DecodeState<Config>& state) {
   float s[Config::kOctets][4];
-  compute_scores<Config>(stage + at.key, plan.code_step, lane_table, key_codes, rows, s);
+  compute_scores<Config>(stage + at.key, plan.code_step, lane_table, key_codes, rows,
+                         plan.query_residual - plan.query_codes, s);
 
   float key_norm[4], value_norm[4];
   const int value_norms = plan.copy.stage.v_norms - plan.copy.stage.k_norms;
@@ -243,12 +247,14 @@ __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t st
     value_norm[c] = ptx::ld_shared_f32(norm + value_norms);
   }
   uint32_t weights[Config::kOctets][2];
-  update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state, weights);
+  update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state,
+                         weights);
 
   uint32_t words[4][Config::Map::kValueWords];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    load_value_words<Config::D, Config::kWide>(stage + at.value[c % 2] + c / 2 * plan.code_step, words[c]);
+    load_value_words<Config::D, Config::kWide>(stage + at.value[c % 2] + c / 2 * plan.code_step,
+                                               words[c]);
   }
   __syncwarp();  // all lanes have read the stage
   if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
@@ -267,19 +273,6 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   const DecodeSegment segment = reload(scratch.segment);
   const ConsumerPlace place = reload(scratch.place);
   RingPosition ring = reload(scratch.ring);
-  DecodeRows<Config> rows;
-  load_rows<Config>(p, plan, segment, segment.chunk * plan.heads_per_chunk + place.head,
-                    place.first_row, place.key_unit, rows);
-  const float cap_log2e = p.softcap * 1.4426950408889634f;
-  // Tiles [full_begin, full_end) are seen whole by every row: no mask.
-  const int first_position = segment.num_keys - segment.num_queries;
-  const int64_t end = static_cast<int64_t>(first_position) + window_or_max(p.window_right) + 1;
-  const int full_end =
-      static_cast<int>(max(int64_t{0}, min(end, int64_t{segment.num_keys}))) / kTileTokens;
-  const int full_begin =
-      ceil_div(max(0, segment.num_keys - 1 - window_or_max(p.window_left)), kTileTokens);
-
-  state.clear();
   ring.advance(place.team, plan.num_stages);
   int tile = segment.tile_begin + place.team;
   const int tile_end = segment.tile_end;
@@ -287,6 +280,7 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
     tile += plan.teams;
     ring.advance(plan.teams, plan.num_stages);
   };
+  state.clear();
   if (place.first_row >= segment.num_queries * plan.group) {  // no rows: only keep the ring turning
     while (tile < tile_end) {
       ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);
@@ -295,6 +289,17 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
     }
     return;
   }
+
+  DecodeRows<Config> rows;
+  load_rows<Config>(p, plan, segment, place, rows);
+  const float cap_log2e = p.softcap * 1.4426950408889634f;
+  // Tiles [full_begin, full_end) are seen whole by every row: no mask.
+  const int first_position = segment.num_keys - segment.num_queries;
+  const int64_t end = static_cast<int64_t>(first_position) + window_or_max(p.window_right) + 1;
+  const int full_end =
+      static_cast<int>(max(int64_t{0}, min(end, int64_t{segment.num_keys}))) / kTileTokens;
+  const int full_begin =
+      ceil_div(max(0, segment.num_keys - 1 - window_or_max(p.window_left)), kTileTokens);
 #pragma unroll 1
   while (tile < tile_end) {
     ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);  // the tile has landed
@@ -322,8 +327,8 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
   const int count = min(segment.num_queries * plan.group, plan.max_rows) - place.first_row;
   if (place.team == 0 && count > 0) {
     const int64_t unit = static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk;
-    const int64_t first = ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.max_rows +
-                          place.first_row;
+    const int64_t first =
+        ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.max_rows + place.first_row;
     auto* workspace = static_cast<uint8_t*>(p.workspace);
     write_partial<Config>(reinterpret_cast<float2*>(workspace + plan.partial_stats),
                           reinterpret_cast<float*>(workspace + plan.partial_out), first, count,
@@ -344,8 +349,12 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   const uint32_t exchange = smem + plan.merge_offset;
   const uint32_t lane_table = smem + 4 * (threadIdx.x % kWarpSize);
   const int slot = warp % plan.slots;
-  ConsumerPlace place{warp / plan.slots, slot, slot / plan.row_groups,
-                      slot % plan.row_groups * Config::kRows, 1.f, 1.f};
+  ConsumerPlace place{warp / plan.slots,
+                      slot,
+                      slot / plan.row_groups,
+                      slot % plan.row_groups * Config::kRows,
+                      1.f,
+                      1.f};
   place.value_unit = write_pair_table(smem, p.v_centroids, warp, Config::kWarps);
   if constexpr (Config::kInt8) {
     if (threadIdx.x < 16) shared.key_codes[threadIdx.x] = p.k_codes[threadIdx.x];
@@ -361,8 +370,8 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
 
   KeyCodes key_codes{};
   if constexpr (Config::kInt8) {
-    // Pinned: uniform values end up in uniform registers, from which every byte permute would have to
-    // copy them first (60 instructions a tile).
+    // Pinned: uniform values end up in uniform registers, from which every byte permute would have
+    // to copy them first (60 instructions a tile).
     const uint4 w = ptx::ld_shared_v4(ptx::smem_address(shared.key_codes));
     const uint32_t bit3 = ptx::ld_shared_u32(ptx::smem_address(&shared.bit3_mask));
     key_codes = {{pinned(w.x), pinned(w.y), pinned(w.z), pinned(w.w)}, pinned(bit3)};
@@ -373,15 +382,15 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
 
   while (next_segment(shared, scratch)) {
     DecodeState<Config> state;
-    consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes,
-                            state);
+    consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes, state);
     finish_segment<Config>(p, plan, scratch, exchange, state);
   }
 }
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ DecodePlan plan) {
+    decode_kernel(const __grid_constant__ AttentionParams p,
+                  const __grid_constant__ DecodePlan plan) {
   using Pipeline = std::conditional_t<Config::kBulk, BulkPipeline, CpAsyncPipeline>;
   uint8_t* bytes = ptx::dynamic_shared();
   auto& shared = *reinterpret_cast<DecodeShared*>(bytes + plan.shared_offset);

@@ -1,5 +1,5 @@
-// Index maps of the decode kernels: which dimension, token and byte each lane holds, and how a tile of
-// 16 tokens is copied from a page into a stage of shared memory.  Host-compilable.
+// Index maps of the decode kernels: which dimension, token and byte each lane holds, and how a tile
+// of 16 tokens is copied from a page into a stage of shared memory.  Host-compilable.
 //
 // Lane = 4 g + t throughout (g = 0..7, t = 0..3), as in ptx/mma.cuh.
 #pragma once
@@ -45,14 +45,14 @@ struct DecodeMap {
   static constexpr int kValueAlign = D >= 128 ? 8 : 4;
 };
 
-// Byte of the nibble-swapped q row that multiplies code i (0..7) of a word: unpack_int8 delivers each
-// pair of dimensions swapped, so q8 is stored that way.
+// Byte of the nibble-swapped q row that multiplies code i (0..7) of a word: unpack_int8 delivers
+// each pair of dimensions swapped, so q8 is stored that way.
 TQ4_HOST_DEVICE constexpr int swapped_dim(int dim) { return dim ^ 1; }
 
-// Which token of the tile is column n (0..7) of n-tile i (0, 1) of S, and so, since the C fragment of
-// S is the B fragment of P^T, token k = 8 i + n of the second product.  The order is free: it is
-// chosen for the banks that a stage's token stride leads to.  16 nibbles, entry 8 i + n; the tokens of
-// n-tile 1 are those of n-tile 0 plus a constant.
+// Which token of the tile is column n (0..7) of n-tile i (0, 1) of S, and so, since the C fragment
+// of S is the B fragment of P^T, token k = 8 i + n of the second product.  The order is free: it is
+// chosen for the banks that a stage's token stride leads to.  16 nibbles, entry 8 i + n; the tokens
+// of n-tile 1 are those of n-tile 0 plus a constant.
 struct TokenMap {
   uint64_t nibbles;
 
@@ -83,7 +83,8 @@ struct CopyPiece {
 };
 constexpr int kMaxCopyPieces = 64;  // 4 runs of 16 tokens or heads
 
-// How one tile, one chunk of KV heads, gets from a page into a stage: `reps` repetitions of each run.
+// How one tile, one chunk of KV heads, gets from a page into a stage: `reps` repetitions of each
+// run.
 struct TileCopy {
   CopyRun run[4];
   int32_t num_runs;

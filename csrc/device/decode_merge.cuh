@@ -1,9 +1,10 @@
 // The end of a segment: the teams' results become one, in shared memory, and that one goes to the
 // workspace as a partial result.
 //
-// Teams merge pairwise in rounds: in a round of `half`, team half + i sends to team i.  The order is
-// fixed, so results repeat bit for bit.  A sender's accumulators pass through shared memory
-// kMergeQuads quads at a time; a quad is 16 bytes a lane, consecutive lanes side by side: no conflicts.
+// Teams merge pairwise in rounds: in a round of `half`, team half + i sends to team i.  The order
+// is fixed, so results repeat bit for bit.  A sender's accumulators pass through shared memory
+// kMergeQuads quads at a time; a quad is 16 bytes a lane, consecutive lanes side by side: no
+// conflicts.
 #pragma once
 #include <cstdint>
 
@@ -28,7 +29,8 @@ struct TeamPlace {
 };
 
 template <typename Config>
-__device__ __forceinline__ void merge_round(const TeamPlace& place, int half, DecodeState<Config>& state) {
+__device__ __forceinline__ void merge_round(const TeamPlace& place, int half,
+                                            DecodeState<Config>& state) {
   constexpr int kQuads = Config::Map::kValueTiles * Config::kOctets;
   static_assert(kQuads % kMergeQuads == 0 || Config::D == 96, "whole passes, but for D = 96");
   const uint32_t lane = threadIdx.x % kWarpSize;
@@ -38,14 +40,15 @@ __device__ __forceinline__ void merge_round(const TeamPlace& place, int half, De
   const uint32_t area = place.exchange + sender * merge_area_bytes(Config::kOctets);
   const uint32_t stats = area + kMergeQuads * 16 * kWarpSize + 4 * lane;
 
-  float own_factor[2 * Config::kOctets], other_factor[2 * Config::kOctets];  // of columns 2 t, 2 t + 1
+  float own_factor[2 * Config::kOctets],
+      other_factor[2 * Config::kOctets];  // of columns 2 t, 2 t + 1
 #pragma unroll
   for (int begin = 0; begin < kQuads; begin += kMergeQuads) {
     place.sync();  // the area is free: its last readers are past it
     if (sends) {
 #pragma unroll
       for (int q = begin; q < begin + kMergeQuads && q < kQuads; ++q) {
-        const float(&quad)[4] = state.o[q / Config::kOctets][q % Config::kOctets];
+        const float (&quad)[4] = state.o[q / Config::kOctets][q % Config::kOctets];
         ptx::st_shared_v4(area + ((q - begin) * kWarpSize + lane) * 16, __float_as_uint(quad[0]),
                           __float_as_uint(quad[1]), __float_as_uint(quad[2]),
                           __float_as_uint(quad[3]));
@@ -81,7 +84,7 @@ __device__ __forceinline__ void merge_round(const TeamPlace& place, int half, De
 #pragma unroll
       for (int q = begin; q < begin + kMergeQuads && q < kQuads; ++q) {
         const int i = q % Config::kOctets;
-        float(&quad)[4] = state.o[q / Config::kOctets][i];
+        float (&quad)[4] = state.o[q / Config::kOctets][i];
         const float4 other = ptx::ld_shared_v4f(area + ((q - begin) * kWarpSize + lane) * 16);
         quad[0] = quad[0] * own_factor[2 * i] + other.x * other_factor[2 * i];
         quad[1] = quad[1] * own_factor[2 * i + 1] + other.y * other_factor[2 * i + 1];

@@ -1,8 +1,9 @@
 // How a tile gets from its page into a stage of shared memory: the only part of decode that differs
 // between architectures.
 //
-// Both are run by the one producer warp, all lanes alike: wait until the stage is empty, copy, arrive
-// at `full` when everything has landed.  batch() tiles are handled a step; lane_tile() is the lane's.
+// Both are run by the one producer warp, all lanes alike: wait until the stage is empty, copy,
+// arrive at `full` when everything has landed.  batch() tiles are handled a step; lane_tile() is
+// the lane's.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -39,8 +40,8 @@ struct RingPosition {
 // A consumer warp's place in the CTA.
 struct ConsumerPlace {
   int32_t team, slot;
-  int32_t head;       // of the chunk
-  int32_t first_row;  // of the KV head's rows
+  int32_t head;                // of the chunk
+  int32_t first_row;           // of the KV head's rows
   float key_unit, value_unit;  // of the pair table
 };
 
@@ -49,7 +50,7 @@ struct ConsumerPlace {
 struct WarpScratch {
   SegmentWalker walker;
   DecodeSegment segment;
-  int32_t found;      // there is a segment
+  int32_t found;  // there is a segment
   ConsumerPlace place;
   RingPosition ring;  // of the segment's first tile
 };
@@ -60,9 +61,9 @@ struct DecodeShared {
   int8_t key_codes[16];
   uint32_t bit3_mask;
   int32_t start_seq, start_prefix;
-  SegmentWalker walker;  // at the start of the share
-  DecodeBatch batch;     // a copy that does not occupy registers between segments
-  WarpScratch warps[16 + 1];  // the last is the producer's
+  SegmentWalker walker;              // at the start of the share
+  DecodeBatch batch;                 // a copy that does not occupy registers between segments
+  WarpScratch warps[16 + 1];         // the last is the producer's
   CopyPiece pieces[kMaxCopyPieces];  // of a tile, for bulk copies
 };
 static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");

@@ -16,7 +16,8 @@
 namespace tq4 {
 
 // Kinds of decode kernel.
-//   kInt8Rows8   up to 8 query rows a warp; the other half of the A operand holds what rounding left
+//   kInt8Rows8   up to 8 query rows a warp; the other half of the A operand holds what rounding
+//   left
 //                of q, so that quantising q costs no accuracy
 //   kInt8Rows16  16 rows share the unpacking of K and V; no residual.  Not at D = 256, where the
 //                accumulators would not fit in registers
@@ -43,7 +44,9 @@ constexpr int kDecodeMaxStages = 64;
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3200;  // barriers and scratch
 constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
 // One sender's: its quads, then m and l of its rows, a word a lane.
-TQ4_HOST_DEVICE constexpr int merge_area_bytes(int octets) { return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize; }
+TQ4_HOST_DEVICE constexpr int merge_area_bytes(int octets) {
+  return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize;
+}
 
 // Shared memory of a CTA by compute capability, after opt-in.
 inline int decode_smem_limit(int arch) {
@@ -57,30 +60,30 @@ struct DecodePlan {
   TileCopy copy;
   TokenMap token_map;
   int32_t code_step, norm_step;  // bytes in a stage from a token of n-tile 0 to that of n-tile 1
-  int32_t group;             // query heads of a KV head
-  int32_t max_rows;          // query rows of a KV head: group * max_query_len
+  int32_t group;                 // query heads of a KV head
+  int32_t max_rows;              // query rows of a KV head: group * max_query_len
   DecodeMode mode;
-  bool bulk;                 // bulk copies; else cp.async
-  bool wide;                 // stage rows are aligned for vector loads
-  int32_t row_groups;        // warps that share a (KV head, tile)
+  bool bulk;           // bulk copies; else cp.async
+  bool wide;           // stage rows are aligned for vector loads
+  int32_t row_groups;  // warps that share a (KV head, tile)
   int32_t heads_per_chunk, num_chunks;
-  int32_t slots;             // warps of a team: heads_per_chunk * row_groups
-  int32_t teams;             // teams take the tiles in turn
-  int32_t warps;             // consumer warps, slots * teams of them active
+  int32_t slots;  // warps of a team: heads_per_chunk * row_groups
+  int32_t teams;  // teams take the tiles in turn
+  int32_t warps;  // consumer warps, slots * teams of them active
   int32_t num_stages;
-  int32_t bulk_batch;        // tiles that the producer handles at once, a lane each; 1: a lane a run
+  int32_t bulk_batch;  // tiles that the producer handles at once, a lane each; 1: a lane a run
   int32_t tiles_per_block;
-  Divider block_divider;     // by tiles_per_block
+  Divider block_divider;  // by tiles_per_block
   int32_t segment_cost;
   int32_t grid;
   int32_t shared_offset, merge_offset, stage_offset, smem_bytes;  // shared memory
   // Workspace, byte offsets.
-  int64_t query_codes;       // INT8: int8 [T, Hq, D]; fp16: fp16 [T, Hq, D]
-  int64_t query_residual;    // the same of what rounding left; one octet only
-  int64_t query_scale;       // fp32 [T, Hq]: log2 units of one unit of norm * (q . k)
-  int64_t seq_prefix;        // int32 [B + 1]: sum of unit_cost over the sequences before
-  int64_t partial_stats;     // float2 {m, l} [partials, heads_per_chunk, max_rows]
-  int64_t partial_out;       // fp32 [partials, heads_per_chunk, max_rows, D]
+  int64_t query_codes;     // INT8: int8 [T, Hq, D]; fp16: fp16 [T, Hq, D]
+  int64_t query_residual;  // the same of what rounding left; one octet only
+  int64_t query_scale;     // fp32 [T, Hq]: log2 units of one unit of norm * (q . k)
+  int64_t seq_prefix;      // int32 [B + 1]: sum of unit_cost over the sequences before
+  int64_t partial_stats;   // float2 {m, l} [partials, heads_per_chunk, max_rows]
+  int64_t partial_out;     // fp32 [partials, heads_per_chunk, max_rows, D]
   int64_t workspace_bytes;
 };
 
@@ -91,9 +94,9 @@ inline bool is_wide(const StageView& stage, int head_dim) {
          stage.v_codes % value_align == 0;
 }
 
-// Lowers a page view to runs of bytes.  With `merge`, neighbouring fields and rows become one run: a
-// page whose 16 tokens lie back to back is a single run, whatever the layout.  Without, each field is
-// placed on its own, aligned for vector loads.
+// Lowers a page view to runs of bytes.  With `merge`, neighbouring fields and rows become one run:
+// a page whose 16 tokens lie back to back is a single run, whatever the layout.  Without, each
+// field is placed on its own, aligned for vector loads.
 inline TileCopy make_tile_copy(const PageView& view, int heads_per_chunk, bool merge) {
   const int codes = view.head_dim / 2;
   const int num_chunks = view.num_kv_heads / heads_per_chunk;
@@ -227,29 +230,32 @@ inline int tile_wavefronts(const StageView& stage, const TokenMap& map) {
   };
   for (int i = 0; i < 2; ++i) {
     for (int j = 0; j < Map::kKeyWords; j += D >= 128 ? 4 : D == 64 || j < 2 ? 2 : 1) {
-      add(D >= 128 ? 16 : D == 64 || j < 2 ? 8 : 4, [&](int g, int t) {
-        return stage.k_codes + map.token(i, g) * stage.code_token_stride + Map::key_byte(t, j);
-      });
+      add(D >= 128           ? 16
+          : D == 64 || j < 2 ? 8
+                             : 4,
+          [&](int g, int t) {
+            return stage.k_codes + map.token(i, g) * stage.code_token_stride + Map::key_byte(t, j);
+          });
     }
     for (int b = 0; b < 2; ++b) {
       for (int m = 0; m < Map::kValueTiles; m += D >= 128 ? 8 : 4) {
         add(D >= 128 ? 8 : 4, [&](int g, int t) {
           return (stage.v_codes + map.token(i, 2 * t + b) * stage.code_token_stride +
-                  Map::value_byte(g, m)) & ~3;
+                  Map::value_byte(g, m)) &
+                 ~3;
         });
       }
       for (const int norms : {stage.k_norms, stage.v_norms}) {
-        add(4, [&](int, int t) {
-          return norms + map.token(i, 2 * t + b) * stage.norm_token_stride;
-        });
+        add(4,
+            [&](int, int t) { return norms + map.token(i, 2 * t + b) * stage.norm_token_stride; });
       }
     }
   }
   return total;
 }
 
-// The best of a few maps for the stage's strides.  K wants columns 2q, 2q + 1 on different halves of
-// the banks; V wants columns b, 2 + b, 4 + b, 6 + b on different quarters.
+// The best of a few maps for the stage's strides.  K wants columns 2q, 2q + 1 on different halves
+// of the banks; V wants columns b, 2 + b, 4 + b, 6 + b on different quarters.
 template <int D>
 inline TokenMap choose_token_map(const StageView& stage) {
   const auto make = [](auto&& token) {
@@ -277,10 +283,14 @@ inline TokenMap choose_token_map(const StageView& stage) {
 
 inline TokenMap search_token_map(int head_dim, const StageView& stage) {
   switch (head_dim) {
-    case 64: return choose_token_map<64>(stage);
-    case 96: return choose_token_map<96>(stage);
-    case 128: return choose_token_map<128>(stage);
-    default: return choose_token_map<256>(stage);
+    case 64:
+      return choose_token_map<64>(stage);
+    case 96:
+      return choose_token_map<96>(stage);
+    case 128:
+      return choose_token_map<128>(stage);
+    default:
+      return choose_token_map<256>(stage);
   }
 }
 
@@ -346,9 +356,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
   // Few KV heads: many small stages, filled by a copy each.
-  plan.bulk_batch = plan.copy.num_pieces() == 1
-                        ? std::max(1, std::min(kWarpSize, plan.num_stages / 8))
-                        : 1;
+  plan.bulk_batch =
+      plan.copy.num_pieces() == 1 ? std::max(1, std::min(kWarpSize, plan.num_stages / 8)) : 1;
   return plan.num_stages >= 2;
 }
 
@@ -359,8 +368,9 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
 inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   using detail::require;
   const PageView& view = p.cache;
-  require(view.head_dim == 64 || view.head_dim == 96 || view.head_dim == 128 || view.head_dim == 256,
-          "head_dim: expected 64, 96, 128 or 256, got " + std::to_string(view.head_dim));
+  require(
+      view.head_dim == 64 || view.head_dim == 96 || view.head_dim == 128 || view.head_dim == 256,
+      "head_dim: expected 64, 96, 128 or 256, got " + std::to_string(view.head_dim));
   require(view.block_size > 0 && view.block_size % kTileTokens == 0,
           "block_size: expected a multiple of 16, got " + std::to_string(view.block_size));
   require(view.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % view.num_kv_heads == 0,
@@ -372,7 +382,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   DecodePlan plan{};
   plan.group = p.num_q_heads / view.num_kv_heads;
   const int64_t max_rows = static_cast<int64_t>(plan.group) * p.max_query_len;
-  plan.mode = decode_mode(view.head_dim, static_cast<int>(std::min<int64_t>(max_rows, 1 << 20)), p.int8);
+  plan.mode =
+      decode_mode(view.head_dim, static_cast<int>(std::min<int64_t>(max_rows, 1 << 20)), p.int8);
   const int octets = decode_octets(plan.mode);
   const int most_rows = 8 * octets * decode_warps(view.head_dim, plan.mode, false);
   require(max_rows <= most_rows,
@@ -397,8 +408,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.segment_cost = 1 + 16384 / plan.copy.stage_bytes;
 
   const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
-  const int64_t partials = static_cast<int64_t>(plan.grid) +
-                           static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
+  const int64_t partials =
+      static_cast<int64_t>(plan.grid) + static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
   const int64_t partial_rows = partials * plan.heads_per_chunk * plan.max_rows;
   const int query_bytes = p.int8 ? 1 : 2;
   int64_t at = 0;

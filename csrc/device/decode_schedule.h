@@ -1,17 +1,17 @@
-// How decode splits the keys of a batch over a fixed grid.  Host-compilable; lengths are read on the
-// device, so a captured graph may be replayed with other ones.
+// How decode splits the keys of a batch over a fixed grid.  Host-compilable; lengths are read on
+// the device, so a captured graph may be replayed with other ones.
 //
 // Keys are counted in tiles of 16 tokens.  A work unit is one (sequence, chunk of KV heads); it has
-// as many tiles as its sequence has visible ones, and costs `segment_cost` more: what a CTA spends on
-// a unit besides its tiles.  All units laid end to end form one line of `total` positions,
+// as many tiles as its sequence has visible ones, and costs `segment_cost` more: what a CTA spends
+// on a unit besides its tiles.  All units laid end to end form one line of `total` positions,
 //
 //      | c c t t t t t t | c c t t | c c t t t t t t t t t t t |      c = overhead, t = tile
 //      ^ unit 0          ^ unit 1  ^ unit 2
 //   CTA     0      |      1      |      2      |      3      |        equal shares
 //
-// of which CTA k takes [total k / grid, total (k + 1) / grid).  The tiles a CTA has of one unit are a
-// segment and yield one partial result.  Segments in order of (CTA, unit) raise CTA + unit by at least
-// one each, so CTA + unit numbers the partial results: at most grid + units - 1 of them.
+// of which CTA k takes [total k / grid, total (k + 1) / grid).  The tiles a CTA has of one unit are
+// a segment and yield one partial result.  Segments in order of (CTA, unit) raise CTA + unit by at
+// least one each, so CTA + unit numbers the partial results: at most grid + units - 1 of them.
 #pragma once
 #include <cstdint>
 
@@ -60,17 +60,27 @@ struct DecodeBatch {
   }
 };
 
-// With fewer positions than CTAs the first `total` CTAs take one each: a CTA without a position between
-// two that share a unit would be a hole in the unit's partial results.
+// With fewer positions than CTAs the first `total` CTAs take one each: a CTA without a position
+// between two that share a unit would be a hole in the unit's partial results.
 TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, int grid) {
   if (total < grid) return cta < total ? cta : total;
-  return total * cta / grid;
+  if (total > INT32_MAX) return total * cta / grid;
+  // total = a grid + b: the same quotient by 32-bit divisions.
+  const uint32_t a = static_cast<uint32_t>(total) / static_cast<uint32_t>(grid);
+  const uint32_t b = static_cast<uint32_t>(total) - a * static_cast<uint32_t>(grid);
+  return static_cast<int64_t>(a) * cta +
+         b * static_cast<uint32_t>(cta) / static_cast<uint32_t>(grid);
 }
 
-// The CTA whose share holds a position: the largest k with share_begin(k) <= position.
+// The CTA whose share holds a position: the largest k with share_begin(k) <= position, that is,
+// with total k < (position + 1) grid.
 TQ4_HOST_DEVICE int share_owner(int64_t total, int64_t position, int grid) {
   if (total < grid) return static_cast<int>(position);
-  return static_cast<int>(((position + 1) * grid - 1) / total);
+  const int64_t bound = (position + 1) * grid;
+  int k = static_cast<int>(static_cast<float>(bound) / static_cast<float>(total));  // within one
+  while (total * (k + 1) < bound) ++k;
+  while (total * k >= bound) --k;
+  return k;
 }
 
 // The tiles [tile_begin, tile_end) of one unit that one CTA computes.
@@ -145,8 +155,8 @@ TQ4_HOST_DEVICE CtaRange unit_ctas(const DecodeBatch& batch, int64_t total, int 
                                    TileRange range, int chunk) {
   const int cost = batch.unit_cost(range);
   if (cost == 0) return {0, 0};
-  const int64_t unit = static_cast<int64_t>(prefix) * batch.num_chunks +
-                       static_cast<int64_t>(chunk) * cost;
+  const int64_t unit =
+      static_cast<int64_t>(prefix) * batch.num_chunks + static_cast<int64_t>(chunk) * cost;
   return {share_owner(total, unit + batch.segment_cost, grid),
           share_owner(total, unit + cost - 1, grid) + 1};
 }

@@ -4,20 +4,21 @@
 //   P' = fp16(2^(s - m) n_v)
 //   O^T[D, rows] += V^T P'^T               dims are M: V is the A operand, P' the B operand
 //
-// With the second product transposed, the C fragment of S is the B fragment of P'^T as it stands (lane
-// 4 g + t: row g, tokens 2t, 2t + 1 of each n-tile), nothing is shuffled, and 8 rows of O cost D / 16
-// MMAs a tile instead of D / 8.
+// With the second product transposed, the C fragment of S is the B fragment of P'^T as it stands
+// (lane 4 g + t: row g, tokens 2t, 2t + 1 of each n-tile), nothing is shuffled, and 8 rows of O
+// cost D / 16 MMAs a tile instead of D / 8.
 //
 // Rows.  With up to 8 rows, the other 8 rows of A hold what quantisation left over,
 //   q_rot / s_q = q8 + r8 / 256,
 // so c0,c1 is q8 . k8 and c2,c3 of the same lane is r8 . k8: the error of quantising q is gone for
 // one FFMA a score.  In fp16 mode they hold q - fp16(q).
 //
-// Scales.  The K norm multiplies the score's column.  The V norm multiplies P, which is 8 times cheaper
-// than multiplying V, but norms have any magnitude and fp16 has not.  So the exponent reference m of
-// a row is not the maximum of s but follows s + log2 n_v, the exponent of P': the largest P' seen lies
-// between 2^6 and 2^14, O and l are both in units of 2^-m, and m cancels in O / l.  Norms below 2^-80
-// count as 2^-80 for that purpose, which bounds l.  m is an integer: rescaling is exact.
+// Scales.  The K norm multiplies the score's column.  The V norm multiplies P, which is 8 times
+// cheaper than multiplying V, but norms have any magnitude and fp16 has not.  So the exponent
+// reference m of a row is not the maximum of s but follows s + log2 n_v, the exponent of P': the
+// largest P' seen lies between 2^6 and 2^14, O and l are both in units of 2^-m, and m cancels in O
+// / l.  Norms below 2^-80 count as 2^-80 for that purpose, which bounds l.  m is an integer:
+// rescaling is exact.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -61,21 +62,22 @@ struct DecodeConfig {
 
 // Floor of the exponent reference; finite, so that differences are never NaN.
 constexpr float kNoReference = -1e30f;
-// Exponent of the largest P' when the reference is set, and the sum of a lane's P' that sets it anew.
+// Exponent of the largest P' when the reference is set, and the sum of a lane's P' that sets it
+// anew.
 constexpr float kTargetExponent = 6.f;
 constexpr float kLargestWeight = 16384.f;
 // Norms below this do not lower the reference any further, and l stays below 2^96.
 constexpr float kSmallestNorm = 0x1p-80f;
 constexpr float kDenominatorScale = 0x1p-76f;
 
-// An int32 accumulator that starts at the bits of 1.5 * 2^23 reads as the float 12582912 + score: no
-// conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
+// An int32 accumulator that starts at the bits of 1.5 * 2^23 reads as the float 12582912 + score:
+// no conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
 constexpr int32_t kScoreBias = 0x4b400000;
 constexpr float kScoreBiasFloat = 12582912.f;
 
-// The value, by a way the compiler cannot see through.  What is cheap to compute from constants it would
-// otherwise compute anew for every tile, and fragments loaded in pairs it would copy into place for every
-// MMA.  Whole warps only.
+// The value, by a way the compiler cannot see through.  What is cheap to compute from constants it
+// would otherwise compute anew for every tile, and fragments loaded in pairs it would copy into
+// place for every MMA.  Whole warps only.
 template <typename T>
 __device__ __forceinline__ T pinned(T x) {
   return __shfl_sync(kFullWarp, x, threadIdx.x % kWarpSize);
@@ -96,40 +98,38 @@ __device__ __forceinline__ void unpack_keys(uint32_t word, const KeyCodes& codes
   x1 = lookup4(codes.table, entry >> 16, half >> 16);
 }
 
-// What a lane knows of its rows g and g + 8, for one segment: A fragments of q, and by octet the log2
-// units of one unit of norm * (q . k).
+// What a lane knows of its rows g and g + 8, for one segment: A fragments of q, and by octet the
+// log2 units of one unit of norm * (q . k).
 template <typename Config>
 struct DecodeRows {
   static constexpr int kHeld = Config::kHoldsQuery ? Config::kKeySteps : 1;
   uint32_t q[kHeld][4];
-  const uint8_t* source[2];  // of the A rows, in the workspace; null: no such row
+  const uint8_t* source;  // of row g in the workspace, where q is not held
   float scale[Config::kOctets];
-
-  // Steps k and k + 1 in fp16 mode, else step k, as words of rows g and g + 8.
-  __device__ __forceinline__ void load(int k, uint32_t (&a)[Config::kInt8 ? 1 : 2][4]) const {
-    const int t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (Config::kInt8) {
-        uint2 w = make_uint2(0, 0);
-        if (source[i] != nullptr) {
-          w = *reinterpret_cast<const uint2*>(source[i] + Config::Map::key_dim(t, k));
-        }
-        a[0][i] = w.x, a[0][2 + i] = w.y;
-      } else {
-        uint4 w = make_uint4(0, 0, 0, 0);
-        if (source[i] != nullptr) {
-          w = *reinterpret_cast<const uint4*>(source[i] + 2 * Config::Map::key_dim(t, k / 2));
-        }
-        a[0][i] = w.x, a[0][2 + i] = w.y;
-        a[1][i] = w.z, a[1][2 + i] = w.w;
-      }
-    }
-  }
 };
 
+// Steps k and k + 1 in fp16 mode, else step k, from the workspace rows behind A rows g and g + 8.
+template <typename Config>
+__device__ __forceinline__ void load_query(const uint8_t* first, const uint8_t* second, int k,
+                                           uint32_t (&a)[Config::kInt8 ? 1 : 2][4]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint8_t* source = i == 0 ? first : second;
+    if constexpr (Config::kInt8) {
+      const uint2 w = *reinterpret_cast<const uint2*>(source + Config::Map::key_dim(t, k));
+      a[0][i] = w.x, a[0][2 + i] = w.y;
+    } else {
+      const uint4 w = *reinterpret_cast<const uint4*>(source + 2 * Config::Map::key_dim(t, k / 2));
+      a[0][i] = w.x, a[0][2 + i] = w.y;
+      a[1][i] = w.z, a[1][2 + i] = w.w;
+    }
+  }
+}
+
 // The running result.  o[m][i] is the C fragment of m-tile m, octet i: dims value_dim(g, m) and + 1
-// (c0,c1 and c2,c3) of rows 8 i + 2 t and + 1.  Row state belongs to row 8 i + g, shared by the quad.
+// (c0,c1 and c2,c3) of rows 8 i + 2 t and + 1.  Row state belongs to row 8 i + g, shared by the
+// quad.
 template <typename Config>
 struct DecodeState {
   float o[Config::Map::kValueTiles][Config::kOctets][4];
@@ -175,19 +175,24 @@ struct LaneOffsets {
 };
 
 template <typename Config>
-__device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage, const TokenMap& map,
-                                                         int head) {
+__device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage,
+                                                         const TokenMap& map, int head) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  // Where registers are short to the last one, computing anew is the better deal.
+  const auto keep = [](uint32_t x) {
+    if constexpr (Config::kHoldsQuery) return pinned(x);
+    return x;
+  };
   LaneOffsets at;
   const int codes = head * stage.code_head_stride, norms = head * stage.norm_head_stride;
-  at.key = pinned(stage.k_codes + codes + map.token(0, g) * stage.code_token_stride +
-                  Config::Map::key_byte(t, 0));
+  at.key = keep(stage.k_codes + codes + map.token(0, g) * stage.code_token_stride +
+                Config::Map::key_byte(t, 0));
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
     const int token = map.token(0, 2 * t + b);
-    at.value[b] = pinned(stage.v_codes + codes + token * stage.code_token_stride +
-                         Config::Map::value_byte(g, 0));
-    at.norm[b] = pinned(stage.k_norms + norms + token * stage.norm_token_stride);
+    at.value[b] = keep(stage.v_codes + codes + token * stage.code_token_stride +
+                       Config::Map::value_byte(g, 0));
+    at.norm[b] = keep(stage.k_norms + norms + token * stage.norm_token_stride);
   }
   return at;
 }
@@ -201,7 +206,8 @@ __device__ __forceinline__ void load_key_words(uint32_t address,
 #pragma unroll
     for (int j = 0; j < DecodeMap<D>::kKeyWords; ++j) {
       // Relative to word 0; for D = 96 that depends on t.
-      w[j] = ptx::ld_shared_u32(address + DecodeMap<D>::key_byte(t, j) - DecodeMap<D>::key_byte(t, 0));
+      w[j] =
+          ptx::ld_shared_u32(address + DecodeMap<D>::key_byte(t, j) - DecodeMap<D>::key_byte(t, 0));
     }
   } else if constexpr (D >= 128) {
 #pragma unroll
@@ -241,14 +247,18 @@ __device__ __forceinline__ void load_value_words(uint32_t address,
   }
 }
 
-// [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of n-tile j.
+// [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of
+// n-tile j.
 template <typename Config>
 __device__ __forceinline__ void compute_scores(uint32_t key_address, int code_step,
-                                               uint32_t lane_table, const KeyCodes& key_codes, const DecodeRows<Config>& rows,
+                                               uint32_t lane_table, const KeyCodes& key_codes,
+                                               const DecodeRows<Config>& rows,
+                                               int64_t residual_offset,
                                                float (&s)[Config::kOctets][4]) {
   constexpr int kWords = Config::Map::kKeyWords;
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {  // one n-tile after the other: the codes of both would crowd registers
+  for (int j = 0; j < 2;
+       ++j) {  // one n-tile after the other: the codes of both would crowd registers
     uint32_t words[kWords];
     load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
     if constexpr (Config::kInt8) {
@@ -282,7 +292,7 @@ __device__ __forceinline__ void compute_scores(uint32_t key_address, int code_st
           for (int i = 0; i < 4; ++i) q[0][i] = rows.q[2 * k][i], q[1][i] = rows.q[2 * k + 1][i];
         } else {
           __syncwarp();  // keeps the compiler from reading all steps ahead
-          rows.load(2 * k, q);
+          load_query<Config>(rows.source, rows.source + residual_offset, 2 * k, q);
         }
         const uint32_t b0 = lookup_pair<0>(key_table, words[k]);
         const uint32_t b1 = lookup_pair<1>(key_table, words[k]);
@@ -320,9 +330,9 @@ __device__ __forceinline__ float exponentiate(const float (&s)[4], float scale, 
 // first tile and where exponents grow by 8 and more.
 template <typename Config>
 __device__ __forceinline__ void raise_reference(const float (&s)[Config::kOctets][4],
-                                                       const float (&scale)[Config::kOctets],
-                                                       const float (&value_norm)[4], uint32_t hidden,
-                                                       DecodeState<Config>& state) {
+                                                const float (&scale)[Config::kOctets],
+                                                const float (&value_norm)[4], uint32_t hidden,
+                                                DecodeState<Config>& state) {
   float factor[Config::kOctets];
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
@@ -345,7 +355,8 @@ __device__ __forceinline__ void raise_reference(const float (&s)[Config::kOctets
 // [2/4] and [3/4] Softmax: s -> P' packed as B fragments, l and, where needed, m and O.
 template <typename Config>
 __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
-                                               const float (&key_norm)[4], const float (&value_norm)[4],
+                                               const float (&key_norm)[4],
+                                               const float (&value_norm)[4],
                                                const DecodeRows<Config>& rows, float cap_log2e,
                                                uint32_t hidden, DecodeState<Config>& state,
                                                uint32_t (&weights)[Config::kOctets][2]) {
@@ -369,7 +380,8 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
   bool fits = true;
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
-    sum[i] = exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
+    sum[i] =
+        exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
     const float total = (weight[i][0] + weight[i][1]) + (weight[i][2] + weight[i][3]);
     // Sums, not maxima: additions run on a pipe with room to spare.  Written so that NaN fails: the
     // very first tile may meet inf * 0.
@@ -379,7 +391,8 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
     raise_reference<Config>(s, scale, value_norm, hidden, state);
 #pragma unroll
     for (int i = 0; i < Config::kOctets; ++i) {
-      sum[i] = exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
+      sum[i] =
+          exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
     }
   }
 #pragma unroll
@@ -390,12 +403,14 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
   }
 }
 
-// [4/4] O^T += V^T P'^T.  a0,a1: even and odd dimension of tokens 2 t, 2 t + 1; a2,a3: of 8 + 2 t, ...
+// [4/4] O^T += V^T P'^T.  a0,a1: even and odd dimension of tokens 2 t, 2 t + 1; a2,a3: of 8 + 2 t,
+// ...
 template <typename Config>
 __device__ __forceinline__ void accumulate_values(
     uint32_t lane_table, const uint32_t (&words)[4][Config::Map::kValueWords],
     const uint32_t (&weights)[Config::kOctets][2], DecodeState<Config>& state) {
-  const auto multiply = [&](auto byte, int tile, const TokenPairs& first, const TokenPairs& second) {
+  const auto multiply = [&](auto byte, int tile, const TokenPairs& first,
+                            const TokenPairs& second) {
     constexpr int kByte = decltype(byte)::value;
     const uint32_t a[4] = {
         lookup_pair<kByte>(lane_table, first.even), lookup_pair<kByte>(lane_table, first.odd),

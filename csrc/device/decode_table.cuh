@@ -5,10 +5,10 @@
 //   address             table + 128 b + 4 lane              every lane has a copy in its own bank
 //
 // No two lanes ever meet on a bank: a load is one wavefront whatever the codes are.  The address of
-// byte i of a word is a single instruction, the dot product of the word's bytes with 128 at place i,
-// plus table + 4 lane: it runs on the integer multiplier, which is idle otherwise, where the byte
-// permutes of K keep the ALU busy.  The values are exact for any codebook; by byte permutes alone the
-// same would take 2.9 ALU instructions a value.
+// byte i of a word is a single instruction, the dot product of the word's bytes with 128 at place
+// i, plus table + 4 lane: it runs on the integer multiplier, which is idle otherwise, where the
+// byte permutes of K keep the ALU busy.  The values are exact for any codebook; by byte permutes
+// alone the same would take 2.9 ALU instructions a value.
 //
 // Centroids are stored in units of a power of two that brings the largest into [0.5, 1), so that a
 // codebook of any magnitude keeps fp16's precision.
@@ -54,8 +54,8 @@ __device__ __forceinline__ uint32_t lookup_pair(uint32_t lane_table, uint32_t co
   return ptx::ld_shared_u32(ptx::dot_u8x4(codes, kPairRowBytes << (8 * kByte), lane_table));
 }
 
-// Codes of two tokens, 8 dims each, to pair indices: byte i of `even` is {dim 2i of a, dim 2i of b},
-// of `odd` the same of dim 2i + 1.
+// Codes of two tokens, 8 dims each, to pair indices: byte i of `even` is {dim 2i of a, dim 2i of
+// b}, of `odd` the same of dim 2i + 1.
 struct TokenPairs {
   uint32_t even, odd;
 };

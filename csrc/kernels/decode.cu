@@ -1,12 +1,11 @@
 // launch_decode: the plan, the two small kernels, and the choice of the main one.
-#include "decode.h"
-
 #include <algorithm>
 #include <cstdint>
 
 #include "../device/decode_combine.cuh"
 #include "../device/decode_plan.h"
 #include "../device/decode_prepare.cuh"
+#include "decode.h"
 #include "decode_launch.cuh"
 #include "decode_steps.h"
 
@@ -18,40 +17,44 @@ constexpr bool kHasBulkKernels = true;
 constexpr bool kHasBulkKernels = false;
 #endif
 
-void launch_decode_prepare(const AttentionParams& p, const DecodePlan&plan, Stream stream) {
+void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
-  const int64_t grid = ceil_div<int64_t>(rows, kPrepareRows);
-  if (grid > INT32_MAX) throw std::invalid_argument("q: too many query tokens for one call");
+  const int64_t blocks = ceil_div<int64_t>(rows, kPrepareRows);
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    launch_kernel(decode_prepare_kernel<d>, dim3(static_cast<unsigned>(grid)), dim3(prepare_threads<d>()),
-                  0, stream, p, plan);
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 2 * p.num_sms)));
+    launch_kernel(decode_prepare_kernel<d>, grid, dim3(PrepareConfig<d>::kThreads), 0, stream, p,
+                  plan);
   });
 }
 
 void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   const int64_t rows = static_cast<int64_t>(p.num_seqs) * p.max_query_len * p.num_q_heads;
-  // As few rows a CTA as fill the device, in powers of two.
-  int rows_per_cta = 1;
-  while (rows_per_cta < kCombineMaxRows && rows > static_cast<int64_t>(rows_per_cta) * p.num_sms) {
-    rows_per_cta *= 2;
+  // As few rows a block as fill the device, in powers of two.
+  int rows_per_block = 1;
+  while (rows_per_block < kCombineMaxRows &&
+         rows > static_cast<int64_t>(rows_per_block) * p.num_sms) {
+    rows_per_block *= 2;
   }
-  const int64_t grid = ceil_div<int64_t>(rows, rows_per_cta);
-  if (grid > INT32_MAX) throw std::invalid_argument("q: too many query tokens for one call");
+  const int64_t blocks = ceil_div<int64_t>(rows, rows_per_block);
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    launch_dependent_kernel(p.arch, decode_combine_kernel<d>, dim3(static_cast<unsigned>(grid)),
-                            dim3(kCombineThreads), 0, stream, p, plan, rows_per_cta);
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 2 * p.num_sms)));
+    launch_dependent_kernel(p.arch, decode_combine_kernel<d>, grid, dim3(kCombineThreads),
+                            CombineConfig<d>::kSmemBytes, stream, p, plan, rows_per_block);
   });
 }
 
 int64_t decode_workspace_bytes(const AttentionParams& p) {
-  return p.num_seqs == 0 || p.num_tokens == 0 ? 0 : make_decode_plan(p, kHasBulkKernels).workspace_bytes;
+  return p.num_seqs == 0 || p.num_tokens == 0
+             ? 0
+             : make_decode_plan(p, kHasBulkKernels).workspace_bytes;
 }
 
 void launch_decode(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
   const DecodePlan plan = make_decode_plan(p, kHasBulkKernels);
   if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
-    throw std::invalid_argument("workspace: expected decode_workspace_bytes() bytes, 16-byte aligned");
+    throw std::invalid_argument(
+        "workspace: expected decode_workspace_bytes() bytes, 16-byte aligned");
   }
   launch_decode_prepare(p, plan, stream);
   if (!p.int8) {

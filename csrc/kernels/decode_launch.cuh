@@ -16,18 +16,24 @@ void launch_dependent_kernel(int arch, void (*kernel)(KernelArgs...), dim3 grid,
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  launch_kernel_with(&attribute, arch >= 90 ? 1 : 0, kernel, grid, block, smem_bytes, stream, args...);
+  launch_kernel_with(&attribute, arch >= 90 ? 1 : 0, kernel, grid, block, smem_bytes, stream,
+                     args...);
 }
 
 // make_decode_plan has refused every other head dimension.
 template <typename Function>
 void dispatch_head_dim(int head_dim, Function&& function) {
   switch (head_dim) {
-    case 64: return function(std::integral_constant<int, 64>{});
-    case 96: return function(std::integral_constant<int, 96>{});
-    case 128: return function(std::integral_constant<int, 128>{});
-    case 256: return function(std::integral_constant<int, 256>{});
-    default: throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256");
+    case 64:
+      return function(std::integral_constant<int, 64>{});
+    case 96:
+      return function(std::integral_constant<int, 96>{});
+    case 128:
+      return function(std::integral_constant<int, 128>{});
+    case 256:
+      return function(std::integral_constant<int, 256>{});
+    default:
+      throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256");
   }
 }
 
