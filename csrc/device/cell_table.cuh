@@ -10,7 +10,7 @@
 // because |z - T| < 1 inside the cell; in a cell without a boundary floor(base + 1/2 + slope (z -
 // c)), c the cell's middle, is base.  So a lane needs one number a cell, `intercept`, and all cells
 // share the slope:
-//     u = saturate(y * scale + bias)             FFMA.SAT   position in [0, 1], 0.5 = middle
+//     u = saturate(y * scale + bias)             FFMA.SAT   position in [0, 1]
 //     c = 2^23 + 30 u, rounded to an integer     FFMA       cell number in the low 5 bits
 //     e = intercept[c]                           SHFL       lane c holds cell c's
 //     r = u * (30 slope) + e                     FFMA
@@ -46,15 +46,15 @@ struct CellAxis {
   bool valid;
 };
 
-// `boundaries` [15] ascending.  The first boundary lies in the middle of cell 1, the last in that
-// of cell 29, so y beyond them falls into cells without a boundary even after clamping.
-TQ4_HOST_DEVICE CellAxis make_cell_axis(const float* boundaries) {
-  const float first = boundaries[0], last = boundaries[14];
-  const float cell = (last - first) / (kCellSpan - 2.f);
+// From the first and the last of the ascending boundaries.  The first lies in the middle of cell 1,
+// the last in that of cell 29, so y beyond them falls into cells without a boundary even after
+// clamping.
+TQ4_HOST_DEVICE CellAxis make_cell_axis(float first, float last) {
+  const float cell = (last - first) * (1.f / (kCellSpan - 2.f));
   const float begin = first - cell, end = last + cell;
   CellAxis axis;
   axis.scale = 1.f / (end - begin);
-  axis.bias = -begin / (end - begin);
+  axis.bias = -begin * axis.scale;
   axis.valid = cell > 0.f && cell <= kWidestCell && fabsf(axis.bias) <= 1e4f;
   return axis;
 }
@@ -64,11 +64,9 @@ TQ4_HOST_DEVICE float cell_position(const CellAxis& axis, float y) {
   return u > 0.f ? (u < 1.f ? u : 1.f) : 0.f;  // as fma_sat: NaN becomes 0
 }
 
-// Position of boundary i; negative where no table of cells can serve the boundaries because of it.
-TQ4_HOST_DEVICE float boundary_position(const float* boundaries, int i) {
-  const CellAxis axis = make_cell_axis(boundaries);
-  const float b = boundaries[i];
-  const bool usable = axis.valid && b >= boundaries[0] && b <= boundaries[14];
+// Position of boundary b; negative where no table of cells can serve the boundaries because of it.
+TQ4_HOST_DEVICE float boundary_position(const CellAxis& axis, float first, float last, float b) {
+  const bool usable = axis.valid && b >= first && b <= last;
   return usable ? cell_position(axis, b) : -1.f;
 }
 

@@ -38,6 +38,7 @@
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/mma_bf16.cuh"
+#include "../ptx/opaque.cuh"
 #include "../ptx/quantise.cuh"
 #include "../ptx/smem.cuh"
 #include "cell_table.cuh"
@@ -96,6 +97,7 @@ __device__ __forceinline__ V from_owner(V value, int r) {
 struct RowTarget {
   int64_t slot;  // negative: not stored
   uint32_t head;
+  bool exists;  // false: past the last row
 };
 
 // Starts the loads of a tile: x to shared memory, four lanes a row, and the own row's slot.
@@ -112,7 +114,8 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
       reinterpret_cast<uint64_t>(side.x + token * side.token_stride + head * side.head_stride);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint8_t* x = reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t;
+    // One register pair and immediate offsets below, instead of a sum for each chunk.
+    const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t);
     const uint32_t dst = s_tile + (g + 8 * r) * C::kRowBytes + 16 * t;
     if (p.aligned_input) {
 #pragma unroll
@@ -136,10 +139,11 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
     }
   }
   ptx::cp_async_commit();
+  // Nothing may depend on the slot here: it is needed only when the tile is written.
+  target.exists = row < p.num_rows;
   target.head = head;
   target.slot = token;
   if (p.slot_mapping != nullptr) target.slot = __ldg(p.slot_mapping + token);
-  if (row >= p.num_rows) target.slot = -1;
 }
 
 // The lane's pairs of an A fragment of x, in fp32: [i] is register a_i.
@@ -449,7 +453,7 @@ struct Boundaries {
 
 __device__ __forceinline__ Quantiser make_quantiser(const Boundaries& boundaries) {
   Quantiser quantiser;
-  quantiser.axis = make_cell_axis(boundaries.value);
+  quantiser.axis = make_cell_axis(boundaries.value[0], boundaries.value[kNumBoundaries - 1]);
   const Cell cell = make_cell(boundaries.position, threadIdx.x % kWarpSize);
   quantiser.even_intercept = cell.even_intercept;
   quantiser.odd_intercept = cell.odd_intercept;
@@ -559,7 +563,7 @@ __device__ __forceinline__ RowPointers find_pointers(const EncodeParams& p, cons
   row.norm =
       reinterpret_cast<float*>(side.norms + block * p.norm_block_stride +
                                (offset * p.norm_token_stride + target.head * p.norm_head_stride));
-  if (target.slot < 0) row.codes = nullptr;
+  if (target.slot < 0 || !target.exists) row.codes = nullptr;
   return row;
 }
 
@@ -593,14 +597,15 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   int tile_idx = warp * num_ctas + cta;
 
   // [1/6] Start the first tile's loads: they fly while the tables are made.
-  RowTarget target;
-  load_tile<C>(s_tile, target, p, side, tile_idx);
+  // Warps without a tile load nothing: all of them at the last row's address is 30 us (H200).
+  RowTarget target{-1, 0, false};
+  if (tile_idx < num_tiles) load_tile<C>(s_tile, target, p, side, tile_idx);
 
-  // [2/6] Tables.
-  if (threadIdx.x < kNumBoundaries) {
-    s_tables.boundaries.value[threadIdx.x] = side.boundaries[threadIdx.x];
-    s_tables.boundaries.position[threadIdx.x] = boundary_position(side.boundaries, threadIdx.x);
-  }
+  // [2/6] Tables.  Their loads are started together and used after the scan of R, which waits
+  // anyway.
+  const int own = min(static_cast<int>(threadIdx.x), kNumBoundaries - 1);
+  const float boundary = side.boundaries[own], first_boundary = side.boundaries[0];
+  const float last_boundary = side.boundaries[kNumBoundaries - 1];
   const float centroid = side.centroids[lane % kNumCentroids];
   RotationKind kind = RotationKind::kNone;
   float gain = 1.f, rotation_scale = 1.f;
@@ -617,6 +622,12 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
     }
   } else {
     fill_group_tables<C>(s_tables.groups, side.rotation);
+  }
+  if (threadIdx.x < kNumBoundaries) {
+    const CellAxis axis = make_cell_axis(first_boundary, last_boundary);
+    s_tables.boundaries.value[threadIdx.x] = boundary;
+    s_tables.boundaries.position[threadIdx.x] =
+        boundary_position(axis, first_boundary, last_boundary, boundary);
   }
   __syncthreads();  // the tables are complete before any warp reads them; the last barrier of warps
                     // that share nothing else (but for the slices of a general D = 256 rotation)

@@ -30,30 +30,43 @@ __device__ __forceinline__ RotationScan scan_rotation(const float* __restrict__ 
                                                       uint32_t* scratch) {
   constexpr int kQuads = D / 4;  // float4 in a row
   constexpr bool kPowerOfTwo = (D & (D - 1)) == 0;
-  const uint4* quads = reinterpret_cast<const uint4*>(rotation);
+  constexpr int kTotal = D * kQuads;
+  constexpr int kBatch = 8;  // loads in flight a thread: the latency is paid once for each batch
   constexpr uint32_t kMagnitude = 0x7fffffffu;
-  const uint32_t column = threadIdx.x % kQuads;  // the same for all of a thread's loads
+  const uint4* quads = reinterpret_cast<const uint4*>(rotation);
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const int column = thread % kQuads;  // the same for all of a thread's loads
   const uint32_t corner = quads[0].x & kMagnitude;
   const uint4 top = quads[column];  // row 0 of H is all ones: the signs
-  uint32_t largest = 0;
-  uint32_t difference =
-      ((top.x ^ corner) | (top.y ^ corner) | (top.z ^ corner) | (top.w ^ corner)) & kMagnitude;
-#pragma unroll 8
-  for (uint32_t q = threadIdx.x; q < D * kQuads; q += blockDim.x) {
-    const uint4 v = quads[q];
-    largest = max(max(largest, v.x & kMagnitude), max(v.y & kMagnitude, v.z & kMagnitude));
-    largest = max(largest, v.w & kMagnitude);
-    if constexpr (kPowerOfTwo) {
-      // H[i][j] = -1 to the number of common one bits of i and j; j = 4 column + 0..3.
-      const uint32_t i = q / kQuads;
-      const uint32_t s0 = static_cast<uint32_t>(__popc(i & (column * 4))) << 31;
-      const uint32_t s1 = i << 31, s2 = i >> 1 << 31;
-      difference |= v.x ^ top.x ^ s0;
-      difference |= v.y ^ top.y ^ (s0 ^ s1);
-      difference |= v.z ^ top.z ^ (s0 ^ s2);
-      difference |= v.w ^ top.w ^ (s0 ^ s1 ^ s2);
+  uint32_t largest = 0, difference = 0;
+#pragma unroll 1
+  for (int first = thread; first < kTotal; first += kBatch * threads) {
+    uint4 batch[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int q = first + k * threads;
+      batch[k] = quads[q < kTotal ? q : first];  // the end of the matrix: the same entries again
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const uint4 v = batch[k];
+      largest = max(max(largest, v.x & kMagnitude), max(v.y & kMagnitude, v.z & kMagnitude));
+      largest = max(largest, v.w & kMagnitude);
+      if constexpr (kPowerOfTwo) {
+        // H[i][j] = -1 to the number of common one bits of i and j; j = 4 column + 0..3.
+        const int q = first + k * threads;
+        const uint32_t i = (q < kTotal ? q : first) / kQuads;
+        const uint32_t s0 = static_cast<uint32_t>(__popc(i & (column * 4))) << 31;
+        const uint32_t s1 = i << 31, s2 = i >> 1 << 31;
+        difference |= v.x ^ top.x ^ s0;
+        difference |= v.y ^ top.y ^ (s0 ^ s1);
+        difference |= v.z ^ top.z ^ (s0 ^ s2);
+        difference |= v.w ^ top.w ^ (s0 ^ s1 ^ s2);
+      }
     }
   }
+  difference |=
+      ((top.x ^ corner) | (top.y ^ corner) | (top.z ^ corner) | (top.w ^ corner)) & kMagnitude;
   if (threadIdx.x == 0) *scratch = 0;
   __syncthreads();  // orders the zero before the maxima below
   largest = __reduce_max_sync(kFullWarp, largest);
@@ -100,36 +113,48 @@ __device__ __forceinline__ bool fill_rotation_fragments(RotationFragments<D, kTi
                                                         const float* __restrict__ rotation,
                                                         float scale, int first_tile) {
   using Map = FragmentMap<D>;
+  constexpr int kTotal = kTiles * Map::kSteps * kWarpSize;
+  constexpr int kBatch = 4;  // as in scan_rotation
+  const int threads = blockDim.x;
   uint32_t low_bits = 0;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kTiles * Map::kSteps * kWarpSize; i += blockDim.x) {
-    // Neighbouring threads write neighbouring 8 bytes.
-    const int lane = i / 2 % kWarpSize, g = lane / 4, t = lane % 4;
-    const int step = i / 2 / kWarpSize % Map::kSteps;
-    const int tile = i / 2 / kWarpSize / Map::kSteps * 2 + i % 2;
-    uint32_t split[2][2];  // [b0 / b1][odd]
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kTotal; first += kBatch * threads) {
+    float2 pairs[kBatch][2];  // b0, b1
 #pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      float2 pair;
-      if constexpr (kStore) {
-        const int row = Map::code_dim(first_tile + tile, g / 2, g % 2);
-        pair =
-            *reinterpret_cast<const float2*>(rotation + row * D + Map::input_dim(step, high, t, 0));
-      } else {
-        const int column = Map::output_dim(first_tile + tile, g / 2, g % 2);
-        const float* entry = rotation + Map::code_dim(2 * step + high, t, 0) * D + column;
-        pair = {entry[0], entry[D]};
+    for (int k = 0; k < kBatch; ++k) {
+      const int i = min(first + k * threads, kTotal - 1);
+      // Neighbouring threads write neighbouring 8 bytes.
+      const int lane = i / 2 % kWarpSize, g = lane / 4, t = lane % 4;
+      const int step = i / 2 / kWarpSize % Map::kSteps;
+      const int tile = first_tile + i / 2 / kWarpSize / Map::kSteps * 2 + i % 2;
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        if constexpr (kStore) {
+          const int row = Map::code_dim(tile, g / 2, g % 2);
+          const float* entry = rotation + row * D + Map::input_dim(step, high, t, 0);
+          pairs[k][high] = *reinterpret_cast<const float2*>(entry);
+        } else {
+          const int column = Map::output_dim(tile, g / 2, g % 2);
+          const float* entry = rotation + Map::code_dim(2 * step + high, t, 0) * D + column;
+          pairs[k][high] = {entry[0], entry[D]};
+        }
       }
-      split[high][0] = split_fp16(pair.x * scale);
-      split[high][1] = split_fp16(pair.y * scale);
     }
-    const uint2 high = {ptx::prmt(split[0][0], split[0][1], 0x5410),
-                        ptx::prmt(split[1][0], split[1][1], 0x5410)};
-    const uint2 low = {ptx::prmt(split[0][0], split[0][1], 0x7632),
-                       ptx::prmt(split[1][0], split[1][1], 0x7632)};
-    reinterpret_cast<uint2*>(fragments.high)[i] = high;
-    reinterpret_cast<uint2*>(fragments.low)[i] = low;
-    low_bits |= (low.x | low.y) & 0x7fff7fffu;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int i = first + k * threads;
+      if (i >= kTotal) continue;
+      uint2 high, low;
+      const uint32_t x0 = split_fp16(pairs[k][0].x * scale), y0 = split_fp16(pairs[k][0].y * scale);
+      const uint32_t x1 = split_fp16(pairs[k][1].x * scale), y1 = split_fp16(pairs[k][1].y * scale);
+      high.x = ptx::prmt(x0, y0, 0x5410);
+      high.y = ptx::prmt(x1, y1, 0x5410);
+      low.x = ptx::prmt(x0, y0, 0x7632);
+      low.y = ptx::prmt(x1, y1, 0x7632);
+      reinterpret_cast<uint2*>(fragments.high)[i] = high;
+      reinterpret_cast<uint2*>(fragments.low)[i] = low;
+      low_bits |= (low.x | low.y) & 0x7fff7fffu;
+    }
   }
   return low_bits != 0;
 }
