@@ -1,0 +1,102 @@
+// The quantisation step of encode_kernel: accumulators to words of codes.
+#pragma once
+#include <cstdint>
+
+#include "../layout.h"
+#include "../ptx/quantise.cuh"
+#include "cell_table.cuh"
+#include "encode_input.cuh"
+
+namespace tq4 {
+
+struct Quantiser {
+  CellAxis axis;
+  float even_intercept, odd_intercept;  // of the cell with this lane's number
+  bool exact;                           // the cell table is usable (uniform over the warp)
+};
+
+// The codebook of a CTA.
+struct Boundaries {
+  float value[kNumBoundaries + 1];
+  float position[kNumBoundaries + 1];  // of value[i], see cell_table.cuh
+};
+
+__device__ __forceinline__ Quantiser make_quantiser(const Boundaries& boundaries) {
+  Quantiser quantiser;
+  quantiser.axis = make_cell_axis(boundaries.value[0], boundaries.value[kNumBoundaries - 1]);
+  const Cell cell = make_cell(boundaries.position, threadIdx.x % kWarpSize);
+  quantiser.even_intercept = cell.even_intercept;
+  quantiser.odd_intercept = cell.odd_intercept;
+  quantiser.exact = warp_uniform(__all_sync(kFullWarp, cell.exact));
+  return quantiser;
+}
+
+// Bits of r; see cell_table.cuh.
+__device__ __forceinline__ uint32_t cell_line(float x, float scale, float bias, float intercepts) {
+  constexpr float kMagic = 8388608.f;  // 2^23: the sum's low bits are the rounded integer
+  const float u = ptx::fma_sat(x, scale, bias);
+  const int cell = __float_as_int(fmaf(u, kCellSpan, kMagic));  // shfl uses the low 5 bits
+  return __float_as_uint(fmaf(u, kCellStep, __shfl_sync(kFullWarp, intercepts, cell)));
+}
+
+// words[r][w]: the lane's codes of row g + 8 r; y = acc * scales[r].  Destroys acc.
+template <class C>
+__device__ __forceinline__ void quantise(Accumulators<C>& acc, const float (&scales)[2],
+                                         const Quantiser& quantiser, const Boundaries& boundaries,
+                                         uint32_t (&words)[2][C::Map::kPassGroups]) {
+  using Map = typename C::Map;
+  if (quantiser.exact) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float scale = scales[r] * quantiser.axis.scale;
+#pragma unroll
+      for (int w = 0; w < Map::kPassGroups; ++w) {
+        uint32_t bytes[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          bytes[j] = merge_nibbles(
+              cell_line(acc[w][j][2 * r], scale, quantiser.axis.bias, quantiser.even_intercept),
+              cell_line(acc[w][j][2 * r + 1], scale, quantiser.axis.bias, quantiser.odd_intercept));
+        }
+        words[r][w] = merge_bytes(bytes[0], bytes[1], bytes[2], bytes[3]);
+      }
+    }
+    return;
+  }
+  // The definition itself: a nibble counts the boundaries below y; 15 cannot overflow it.
+#pragma unroll
+  for (int i = 0; i < 16 * Map::kPassGroups; ++i)
+    acc[i / 16][i / 4 % 4][i % 4] *= scales[i / 2 % 2];
+#pragma unroll
+  for (int i = 0; i < 2 * Map::kPassGroups; ++i) words[i % 2][i / 2] = 0;
+#pragma unroll 1
+  for (int i = 0; i < kNumBoundaries; ++i) {
+    const float boundary = boundaries.value[i];
+#pragma unroll
+    for (int w = 0; w < Map::kPassGroups; ++w) {
+#pragma unroll
+      for (int e = 0; e < 16; ++e) {
+        const int r = e / 8;
+        if (acc[w][e / 2 % 4][2 * r + e % 2] > boundary) words[r][w] += 1u << nibble_shift(e % 8);
+      }
+    }
+  }
+}
+
+// Sum of the squared centroids behind the codes of a row (this lane's share).
+template <int kWords>
+__device__ __forceinline__ float decoded_square_sum(const uint32_t (&words)[kWords],
+                                                    float squared_centroids) {
+  float sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      // The table repeats after 16 lanes, so the fifth bit of the lane number does not matter.
+      sum += __shfl_sync(kFullWarp, squared_centroids, static_cast<int>(words[w] >> (4 * e)));
+    }
+  }
+  return sum;
+}
+
+}  // namespace tq4
