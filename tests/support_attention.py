@@ -517,7 +517,8 @@ def _attend(problem: Problem, q, k, v, seen, mode: str):
     if mode == "recipe":
         # In fp32, as the contract says: rows of fp16 values hit exact ties, which a wider quotient breaks.
         q32 = q.float()
-        scale = q32.abs().amax(-1, keepdim=True) / 127
+        largest = q32.abs().amax(-1, keepdim=True)
+        scale = largest / torch.full_like(largest, 127.0)  # a scalar divisor becomes a reciprocal on a GPU
         q = (torch.where(scale > 0, q32 / scale, 0.0).round().clamp(-127, 127) * scale).to(dtype)
     grouped = q.unflatten(1, (case.kv_heads, case.group)).permute(1, 2, 0, 3)  # [Hkv, group, T, D]
     scores = grouped.flatten(1, 2) @ k.permute(1, 2, 0) * case.scale

@@ -165,13 +165,8 @@ def _chunk(capability: tuple[int, int], head_dim: int) -> int:
 
 
 def queries_config(capability: tuple[int, int], head_dim: int) -> RowsConfig:
-    """Configuration of the rotation of queries.
-
-    Fewer than 64 rows, so that sm_90 uses mma.sync: from 64 on Triton 3.6 makes the two products of a chunk
-    asynchronous wgmma with their left operand in registers, and the loop over chunks overwrites it too early
-    (seen on an H200: every rotated row NaN at D = 96 and 128, right at 64, which is a single chunk).
-    """
-    return RowsConfig(32, 32, 4)
+    """Configuration of the rotation of queries."""
+    return RowsConfig(32 if head_dim == 256 else 64, _chunk(capability, head_dim), 4)
 
 
 def encode_config(
@@ -184,8 +179,10 @@ def encode_config(
     many = num_rows > 8192
     if head_dim == 256:
         return RowsConfig(32 if many else 16, 32, 8 if many else 4)
-    if not many or architecture(capability) == "sm_90":  # sm_90: see queries_config
+    if not many:
         return RowsConfig(32, 32, 4)
+    if architecture(capability) == "sm_90" and element_bytes == 2:
+        return RowsConfig(128, 64, 8)
     return RowsConfig(64, 32, 8)
 
 

@@ -54,15 +54,19 @@ def prepare_rows(
     # [2] quantise
     largest = tl.max(tl.abs(x), 1)
     if INT8:
-        scale = largest * (1.0 / 127.0)
-        inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+        # Correctly rounded quotients: rows of fp16 values hit exact ties, which products with a reciprocal
+        # would break either way.
+        scale = tl.math.div_rn(largest, 127.0)
+        divisor = tl.where(scale > 0.0, scale, 1.0)
+        quotient = tl.math.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
         # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low byte.
-        codes = (x * inverse[:, None] + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+        codes = (quotient + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         scale = power_of_two(largest)
         codes = (x * (1.0 / scale)[:, None]).to(tl.float16)
     # The maximum ignores NaNs and integers cannot hold them: carry them in the scale, for this row only.
-    bad = tl.max(((x - x) != 0.0).to(tl.int32), 1)
+    # (Not x - x != 0: x is a product, and the compiler may fuse the subtraction into it.)
+    bad = tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1)
     scale = tl.where(bad > 0, float("nan"), scale)
     column = tl.arange(0, 2 * HALF)
     tl.store(rotated + row.to(tl.int64)[:, None] * (2 * HALF) + column[None, :], codes, mask=valid[:, None])
