@@ -178,21 +178,16 @@ template <typename Config>
 __device__ __forceinline__ LaneOffsets make_lane_offsets(const StageView& stage,
                                                          const TokenMap& map, int head) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  // Where registers are short to the last one, computing anew is the better deal.
-  const auto keep = [](uint32_t x) {
-    if constexpr (Config::kHoldsQuery) return pinned(x);
-    return x;
-  };
   LaneOffsets at;
   const int codes = head * stage.code_head_stride, norms = head * stage.norm_head_stride;
-  at.key = keep(stage.k_codes + codes + map.token(0, g) * stage.code_token_stride +
-                Config::Map::key_byte(t, 0));
+  at.key = pinned(stage.k_codes + codes + map.token(0, g) * stage.code_token_stride +
+                  Config::Map::key_byte(t, 0));
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
     const int token = map.token(0, 2 * t + b);
-    at.value[b] = keep(stage.v_codes + codes + token * stage.code_token_stride +
-                       Config::Map::value_byte(g, 0));
-    at.norm[b] = keep(stage.k_norms + norms + token * stage.norm_token_stride);
+    at.value[b] = pinned(stage.v_codes + codes + token * stage.code_token_stride +
+                         Config::Map::value_byte(g, 0));
+    at.norm[b] = pinned(stage.k_norms + norms + token * stage.norm_token_stride);
   }
   return at;
 }
@@ -256,11 +251,13 @@ __device__ __forceinline__ void compute_scores(uint32_t key_address, int code_st
                                                int64_t residual_offset,
                                                float (&s)[Config::kOctets][4]) {
   constexpr int kWords = Config::Map::kKeyWords;
+  // One n-tile after the other: the codes of both would crowd registers.
 #pragma unroll
-  for (int j = 0; j < 2;
-       ++j) {  // one n-tile after the other: the codes of both would crowd registers
+  for (int j = 0; j < 2; ++j) {
     uint32_t words[kWords];
-    load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
+    if constexpr (Config::kHoldsQuery) {
+      load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
+    }
     if constexpr (Config::kInt8) {
       int32_t acc[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
 #pragma unroll
@@ -284,22 +281,27 @@ __device__ __forceinline__ void compute_scores(uint32_t key_address, int code_st
       static_assert(Config::kInt8 || Config::kResidual, "fp16 mode has one kernel");
       const uint32_t key_table = lane_table + kPairTableBytes;
       float acc[4] = {};
+      const auto multiply = [&](uint32_t word, const uint32_t (&q0)[4], const uint32_t (&q1)[4]) {
+        const uint32_t b0 = lookup_pair<0>(key_table, word);
+        const uint32_t b1 = lookup_pair<1>(key_table, word);
+        const uint32_t b2 = lookup_pair<2>(key_table, word);
+        const uint32_t b3 = lookup_pair<3>(key_table, word);
+        ptx::mma_m16n8k16_f16f16f32(acc, q0, b0, b1);
+        ptx::mma_m16n8k16_f16f16f32(acc, q1, b2, b3);
+      };
+      if constexpr (Config::kHoldsQuery) {
 #pragma unroll
-      for (int k = 0; k < kWords; ++k) {
-        uint32_t q[2][4];
-        if constexpr (Config::kHoldsQuery) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) q[0][i] = rows.q[2 * k][i], q[1][i] = rows.q[2 * k + 1][i];
-        } else {
-          __syncwarp();  // keeps the compiler from reading all steps ahead
+        for (int k = 0; k < kWords; ++k) multiply(words[k], rows.q[2 * k], rows.q[2 * k + 1]);
+      } else {
+        // A loop: unrolled, it would be filled with loads ahead of their use until registers run
+        // out.
+#pragma unroll 1
+        for (int k = 0; k < kWords; ++k) {
+          uint32_t q[2][4];
           load_query<Config>(rows.source, rows.source + residual_offset, 2 * k, q);
+          const int byte = Config::Map::key_byte(0, k);
+          multiply(ptx::ld_shared_u32(key_address + j * code_step + byte), q[0], q[1]);
         }
-        const uint32_t b0 = lookup_pair<0>(key_table, words[k]);
-        const uint32_t b1 = lookup_pair<1>(key_table, words[k]);
-        const uint32_t b2 = lookup_pair<2>(key_table, words[k]);
-        const uint32_t b3 = lookup_pair<3>(key_table, words[k]);
-        ptx::mma_m16n8k16_f16f16f32(acc, q[0], b0, b1);
-        ptx::mma_m16n8k16_f16f16f32(acc, q[1], b2, b3);
       }
 #pragma unroll
       for (int b = 0; b < 2; ++b) s[0][2 * j + b] = acc[b] + acc[2 + b];
