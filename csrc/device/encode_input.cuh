@@ -26,8 +26,9 @@ struct EncodeConfig {
   // Padded so that 8 rows of 16 bytes (ldmatrix), or 4 rows of 32 bytes (fp32), meet 32 banks.
   static constexpr int kRowBytes = D * kElementBytes + 8 * kElementBytes;
   static constexpr int kTileBytes = 16 * kRowBytes;
-  // A launch uses as many as have room for their tiles in shared memory.
-  static constexpr int kMaxWarps = D * kElementBytes > 512 ? 8 : 16;
+  // A launch uses as many as have room for their tiles in shared memory.  With 16 warps 128
+  // registers a thread are left, just not enough for two passes.
+  static constexpr int kMaxWarps = D < 256 ? 16 : kElementBytes == 2 ? 12 : 8;
   // R in shared memory: all of it, or for D = 256 slices of 32 columns, refilled for each round of
   // tiles.
   static constexpr int kSlices = D == 256 ? 8 : 1;
