@@ -14,8 +14,7 @@
 
 namespace tq4 {
 
-TQ4_HOST_DEVICE int64_t prefill_slots(int64_t num_tokens, int group, int rows,
-                                             int num_seqs) {
+TQ4_HOST_DEVICE int64_t prefill_slots(int64_t num_tokens, int group, int rows, int num_seqs) {
   return num_tokens * group / rows + num_seqs;
 }
 
@@ -27,7 +26,7 @@ struct PrefillTile {
 };
 
 TQ4_HOST_DEVICE PrefillTile find_prefill_tile(const int32_t* query_start_loc, int num_seqs,
-                                                     int group, int rows, int64_t slot) {
+                                              int group, int rows, int64_t slot) {
   int lo = 0, hi = num_seqs - 1;
   while (lo < hi) {  // largest s with first(s) <= slot
     const int mid = (lo + hi + 1) / 2;
@@ -58,7 +57,7 @@ TQ4_HOST_DEVICE int window_or_max(int window) {
 }
 
 TQ4_HOST_DEVICE KeyRange visible_keys(int first_pos, int last_pos, int window_left,
-                                             int window_right, int num_keys) {
+                                      int window_right, int num_keys) {
   const int64_t begin = static_cast<int64_t>(first_pos) - window_or_max(window_left);
   const int64_t end = static_cast<int64_t>(last_pos) + window_or_max(window_right) + 1;
   KeyRange range;

@@ -1,0 +1,139 @@
+// Shape of the mma.sync prefill kernel: tile sizes, shared-memory map, and what the warps of a CTA
+// know about their rows and keys.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+#include "../ptx/arith.cuh"
+#include "../ptx/smem.cuh"
+#include "common.cuh"
+#include "rotate.cuh"
+#include "swizzle.cuh"
+
+namespace tq4::sm80 {
+
+template <int D_, bool kInt8_>
+struct PrefillConfig {
+  static constexpr int D = D_;
+  static constexpr bool kInt8 = kInt8_;
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = 32 * kWarps;
+  // 32-row warps halve the shared-memory reads a row; beyond D = 128, and with fp16 q fragments,
+  // the accumulators of 32 rows do not fit in registers.
+  static constexpr int kMTiles = (D <= 128 && kInt8) ? 2 : 1;
+  static constexpr int kWarpRows = 16 * kMTiles;
+  static constexpr int kRows = kWarps * kWarpRows;
+  static constexpr int kTile = D <= 128 ? 64 : 32;  // tokens unpacked at once
+  static constexpr int kInner = 32;                 // tokens a softmax step; 64 spills
+  static constexpr int kStages = 3;
+
+  static constexpr int kThreadsPerToken = kThreads / kTile;
+  static constexpr int kCodeBytes = D / 2;
+  static constexpr int kSlice = kCodeBytes / kThreadsPerToken;  // bytes copied by a thread
+  static constexpr int kSliceWords = kSlice / 4;
+  static constexpr int kKeyChunksPerSlice = kInt8 ? kSliceWords / 2 : kSliceWords;
+  static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
+
+  using Key = KeyTile<D, kInt8 ? 1 : 2>;
+  using Value = HalfTile<D>;
+
+  // Byte offsets in shared memory.
+  static constexpr int kRawBytes = kTile * (2 * kCodeBytes + 8);
+  static constexpr int kKeyBytes = kTile * Key::kRowBytes;
+  static constexpr int kValueBytes = kTile * Value::kRowBytes;
+  static constexpr int kAlign = 512;  // longest row: the swizzles XOR addresses within a row
+  static constexpr int kBufferBytes = round_up(kKeyBytes + kValueBytes + kTile * 8, kAlign);
+  static constexpr int kTables = 0;                                    // CodebookTables
+  static constexpr int kInfo = 96;                                     // TileInfo
+  static constexpr int kPageInfo = 128;                                // PageInfo
+  static constexpr int kWarpKeys = 160;                                // WarpKeys [kWarps]
+  static constexpr int kRowTokens = 288;                               // int [kRows]
+  static constexpr int kRowScales = kRowTokens + 4 * kRows;            // float [kRows]
+  static constexpr int kSlots = round_up(kRowScales + 4 * kRows, 16);  // ThreadSlot [kThreads]
+  static constexpr int kPages = kSlots + 16 * kThreads;                // int [kPageSlots][kTile]
+  static constexpr int kPageSlots = kStages + 1;
+  static constexpr int kRaw = kPages + 4 * kPageSlots * kTile;
+  static constexpr int kBuffers = round_up(kRaw + kStages * kRawBytes, kAlign);
+  static constexpr int kOverlay =
+      2 * kBufferBytes > RotationPanel<D>::kBytes ? 2 * kBufferBytes : RotationPanel<D>::kBytes;
+  static constexpr int kSmemBytes = kBuffers + kOverlay;
+  static_assert(kSmemBytes <= 99 * 1024, "sm_86 and sm_89 offer 99 KB a CTA");
+  static_assert(kKeyBytes % kAlign == 0, "the V tile starts aligned");
+};
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+// Finite floor of the running maximum: (-inf) - (-inf) never occurs.
+constexpr float kMinusHuge = -1e30f;
+// The maximum is only moved when it grows by more than this (log2): P <= 2^8 in fp16 is as exact
+// as P <= 1, and most rescales of O disappear.
+constexpr float kLazyRescale = 8.f;
+// An int32 accumulator that starts at the bits of 1.5 * 2^23 reads as the float 12582912 + score:
+// no conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
+constexpr int32_t kMagicBits = 0x4B400000;
+constexpr float kMagic = 12582912.f;
+
+// First dim of chunk `chunk` of the V tile (and of O): the inverse of unpack_tile's chunk order.
+template <typename Config>
+TQ4_HOST_DEVICE constexpr int value_dim(int chunk) {
+  return chunk % Config::kThreadsPerToken * (Config::D / Config::kThreadsPerToken) +
+         chunk / Config::kThreadsPerToken * 8;
+}
+
+// What a CTA works on, kept in shared memory: needed before, after and on the edges of the main
+// loop only, whose registers are all taken.
+struct TileInfo {
+  int num_keys;    // L
+  int pos0;        // position of the sequence's first query token: L - T
+  int num_rows;    // packed rows of the sequence
+  int first_row;   // first packed row of this tile
+  int q_begin;     // first query token of the sequence
+  int group;       // query heads of a KV head
+  int first_head;  // first query head of the KV head
+  int num_tiles;   // key tiles to visit
+};
+static_assert(sizeof(TileInfo) == 32, "fits its place in shared memory");
+
+// Keys of one warp's rows: steps outside [begin, end) are skipped, steps inside
+// [full_begin, full_end) are seen whole by every row.
+struct WarpKeys {
+  int begin, end, full_begin, full_end;
+};
+
+// The rows a lane sees: index 2 mt + i is row 16 mt + 8 i + lane / 4 of the warp.
+template <typename Config>
+struct LaneRows {
+  int first;  // packed row of index 0 in the sequence
+  int count;  // packed rows of the sequence
+  int group;
+  uint32_t tokens;  // shared address of index 0's token
+
+  __device__ __forceinline__ int row(int index) const { return first + 8 * index; }
+  __device__ __forceinline__ bool valid(int index) const { return row(index) < count; }
+  // From a table: four integer divisions at once would not fit in the main loop's registers.
+  __device__ __forceinline__ int token(int index) const {
+    return ptx::ld_shared_u32(tokens + 32 * index);
+  }
+  // Query head, counted from the first of the group.
+  __device__ __forceinline__ int head(int index, int token) const {
+    return row(index) - token * group;
+  }
+};
+
+// Read where needed (the loads are volatile), never carried through the main loop in registers.
+template <typename Config>
+__device__ __forceinline__ int tile_info(uint32_t smem, size_t field) {
+  return ptx::ld_shared_volatile(smem + Config::kInfo + field);
+}
+
+template <typename Config>
+__device__ __forceinline__ LaneRows<Config> lane_rows(uint32_t smem) {
+  const unsigned thread = ptx::thread_idx_volatile();
+  const int row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
+  return {tile_info<Config>(smem, offsetof(TileInfo, first_row)) + row,
+          tile_info<Config>(smem, offsetof(TileInfo, num_rows)),
+          tile_info<Config>(smem, offsetof(TileInfo, group)), smem + Config::kRowTokens + 4 * row};
+}
+
+}  // namespace tq4::sm80
