@@ -178,7 +178,11 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
       // [4/6] The products have consumed x: fetch the next tile.
       if (pass == Map::kPasses - 1) {
         __syncwarp();  // every lane has read its part of x before it is overwritten
-        if (tile_idx < num_tiles) load_tile<C>(s_tile, target, p, side, tile_idx);
+        if (tile_idx < num_tiles) {
+          load_tile<C>(s_tile, target, p, side, tile_idx);
+        } else {
+          target.exists = false;  // a warp that stays only for the others' barriers writes nothing
+        }
       }
       // [5/6] Quantise and pack.
       float scales[2];
