@@ -46,14 +46,15 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
     float l = state.l[i];
     l += __shfl_xor_sync(0xffffffffu, l, 1);
     l += __shfl_xor_sync(0xffffffffu, l, 2);
-    float factor = 1.f, m = state.m[i];
+    const float own_m = load_row_state<Config>(row_state_address<Config>(smem), i).m;
+    float factor = 1.f, m = own_m;
     if (rows.valid(i)) {
       const int token = rows.token(i);
       const int head = first_head + rows.head(i, token);
       if (p.sinks != nullptr) {  // one more term of the denominator, with no value
         const float sink = p.sinks[head] * kLog2e;
         m = fmaxf(m, sink);
-        factor = ptx::exp2_approx(state.m[i] - m);
+        factor = ptx::exp2_approx(own_m - m);
         l = l * factor + ptx::exp2_approx(sink - m);
       }
       if (p.lse != nullptr && t == 0) {

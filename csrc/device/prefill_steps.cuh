@@ -1,6 +1,7 @@
 // Prefill, steps 4 to 6: scores, softmax and values of 32 tokens.
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "../params.h"
@@ -13,23 +14,32 @@
 
 namespace tq4::sm80 {
 
+// What the softmax knows of a row.  It lives in shared memory (one copy for the 4 lanes of a row):
+// 8 more registers would not fit beside the accumulators.
+struct RowState {
+  float scale;  // log2 units of one unit of t
+  float m;      // running maximum, log2 units
+};
+static_assert(sizeof(RowState) == 8, "read as one vector");
+
+// The sum of the probabilities stays in registers: this lane's part of the denominator.
 template <typename Config>
 struct SoftmaxState {
-  float m[2 * Config::kMTiles];  // running maximum, log2 units
-  float l[2 * Config::kMTiles];  // this lane's part of the denominator
+  float l[2 * Config::kMTiles];
 };
 
-// Log2 units of one unit of t, for the rows of this lane.  They live in shared memory: four more
-// registers would not fit beside the accumulators.
+// Shared address of the lane's row 0; row i is 8 rows on.
 template <typename Config>
-__device__ __forceinline__ void load_row_scales(uint32_t smem,
-                                                float (&scale)[2 * Config::kMTiles]) {
+__device__ __forceinline__ uint32_t row_state_address(uint32_t smem) {
   const unsigned thread = ptx::thread_idx_volatile();
-  const uint32_t row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
-#pragma unroll
-  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    scale[i] = ptx::ld_shared_f32(smem + Config::kRowScales + 4 * row + 32 * i);
-  }
+  return smem + Config::kRowStates +
+         sizeof(RowState) * (thread / 32 * Config::kWarpRows + thread % 32 / 4);
+}
+
+template <typename Config>
+__device__ __forceinline__ RowState load_row_state(uint32_t address, int index) {
+  const uint2 words = ptx::ld_shared_v2(address + 8 * sizeof(RowState) * index);
+  return {__uint_as_float(words.x), __uint_as_float(words.y)};
 }
 
 // [4/7] S of 32 tokens: t = norm * (q8 . k8), columns 8 j + 2 t'.. of n-tile j.
@@ -98,12 +108,12 @@ __device__ __forceinline__ void compute_qk(uint32_t buffer, int inner,
 template <typename Config>
 __device__ __forceinline__ void apply_softcap(float softcap, uint32_t smem,
                                               float (&s)[Config::kMTiles][4][4]) {
-  float scale[2 * Config::kMTiles];
-  load_row_scales<Config>(smem, scale);
+  const uint32_t address = row_state_address<Config>(smem);
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    const float unit = __fdividef(scale[i], softcap * kLog2e);  // score / cap = t * unit
-    const float inv = __fdividef(softcap * kLog2e, scale[i]);
+    const float scale = load_row_state<Config>(address, i).scale;
+    const float unit = __fdividef(scale, softcap * kLog2e);  // score / cap = t * unit
+    const float inv = __fdividef(softcap * kLog2e, scale);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -144,8 +154,14 @@ template <typename Config>
 __device__ __forceinline__ void update_softmax(uint32_t smem, float (&s)[Config::kMTiles][4][4],
                                                SoftmaxState<Config>& state,
                                                float (&o)[Config::kMTiles][Config::D / 8][4]) {
-  float scale[2 * Config::kMTiles], top[2 * Config::kMTiles];
-  load_row_scales<Config>(smem, scale);
+  const uint32_t address = row_state_address<Config>(smem);
+  float scale[2 * Config::kMTiles], m[2 * Config::kMTiles], top[2 * Config::kMTiles];
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    const RowState row = load_row_state<Config>(address, i);
+    scale[i] = row.scale;
+    m[i] = row.m;
+  }
   bool moved = false;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
@@ -157,14 +173,17 @@ __device__ __forceinline__ void update_softmax(uint32_t smem, float (&s)[Config:
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
     top[i] = x * scale[i];
-    moved |= top[i] > state.m[i] + kLazyRescale;
+    moved |= top[i] > m[i] + kLazyRescale;
   }
   if (__any_sync(0xffffffffu, moved)) {
 #pragma unroll
     for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-      const float m = fmaxf(state.m[i], top[i]);
-      const float alpha = ptx::exp2_approx(state.m[i] - m);
-      state.m[i] = m;
+      const float old_m = m[i];
+      m[i] = fmaxf(old_m, top[i]);
+      const float alpha = ptx::exp2_approx(old_m - m[i]);
+      // All four lanes of a row write the same value.
+      ptx::st_shared_u32(address + 8 * sizeof(RowState) * i + offsetof(RowState, m),
+                         __float_as_uint(m[i]));
       state.l[i] *= alpha;
 #pragma unroll
       for (int j = 0; j < Config::D / 8; ++j) {
@@ -172,6 +191,7 @@ __device__ __forceinline__ void update_softmax(uint32_t smem, float (&s)[Config:
         o[i / 2][j][2 * (i % 2) + 1] *= alpha;
       }
     }
+    __syncwarp();  // the maxima are written before a neighbour reads them in the next step
   }
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
@@ -180,7 +200,7 @@ __device__ __forceinline__ void update_softmax(uint32_t smem, float (&s)[Config:
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[i / 2][j][2 * (i % 2) + e];
-        x = ptx::exp2_approx(fmaf(x, scale[i], -state.m[i]));
+        x = ptx::exp2_approx(fmaf(x, scale[i], -m[i]));
         state.l[i] += x;
       }
     }

@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
     if (threadIdx.x % 4 == 0) {
       const int row = warp * Config::kWarpRows + threadIdx.x % 32 / 4 + 8 * i;
-      ptx::st_shared_u32(smem + Config::kRowScales + 4 * row, __float_as_uint(scale));
+      ptx::st_shared_v2(smem + Config::kRowStates + sizeof(RowState) * row, __float_as_uint(scale),
+                        __float_as_uint(kMinusHuge));
     }
-    state.m[i] = kMinusHuge;
     state.l[i] = 0.f;
   }
   float o[Config::kMTiles][D / 8][4] = {};
