@@ -73,6 +73,10 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
 
   // Row pointers are made here, not above: their registers are needed by the rotation.
   const auto store_rows = [&](auto dim_of) {
+    const LaneRows<Config> rows = lane_rows<Config>(smem);
+    const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
+    const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
+    const int t = ptx::thread_idx_volatile() % 4;
 #pragma unroll
     for (int i = 0; i < 2 * Config::kMTiles; ++i) {
       if (!rows.valid(i)) continue;
