@@ -51,6 +51,7 @@ struct CombineConfig {
 // A row of the output and where its partial results are.
 struct CombineRow {
   bool exists;
+  int surplus;  // query tokens of the sequence beyond max_query_len, reported by its last row
   int64_t token;
   int head;
   int begin, end;       // CTAs that have a partial result
@@ -71,6 +72,7 @@ __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const D
   r.exists = query < batch.num_queries(seq);
   if (!r.exists) return r;
   r.token = batch.query_begin(seq) + query;
+  r.surplus = query == p.max_query_len - 1 ? batch.num_queries(seq) - p.max_query_len : 0;
 
   const int kv_head = r.head / plan.group;
   const int chunk = kv_head / plan.heads_per_chunk;
@@ -191,6 +193,16 @@ __device__ __forceinline__ void combine_row(const AttentionParams& p, const Deco
 #pragma unroll
     for (int e = 0; e < Sum::kDims; ++e) out[Sum::dim(e)] = 0.f;
     return;
+  }
+  // max_query_len is a promise that only the device can check: what breaks it becomes NaN, not
+  // whatever the output held before.
+  for (int64_t token = row.token + 1; token <= row.token + row.surplus; ++token) {
+    auto* lost =
+        static_cast<uint16_t*>(p.out) + token * p.out_token_stride + row.head * p.out_head_stride;
+    for (int d = lane; d < D; d += kWarpSize) lost[d] = 0x7fff;  // in fp16 and in bf16
+    if (lane == 0 && p.lse != nullptr) {
+      p.lse[static_cast<int64_t>(row.head) * p.num_tokens + token] = NAN;
+    }
   }
   float factor = 1.f, l = sum.l;
   if (p.sinks != nullptr) {  // one more term of the denominator, with no value

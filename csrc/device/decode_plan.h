@@ -346,9 +346,10 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
       plan.copy = make_tile_copy(view, heads, false);
       plan.wide = true;
     }
-    int half = 1;  // first round of the merge: teams half .. teams - 1 send
+    // Teams half .. teams - 1 send in the first round of the merge, half / 2 of them in the next.
+    int half = 1;
     while (2 * half < plan.teams) half *= 2;
-    const int senders = plan.teams > 1 ? (plan.teams - half) * plan.slots : 0;
+    const int senders = plan.teams > 1 ? std::max(plan.teams - half, half / 2) * plan.slots : 0;
     plan.stage_offset = plan.merge_offset + round_up(senders * merge_area_bytes(octets), 128);
     plan.num_stages =
         std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);

@@ -328,7 +328,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
           expected = rotated;
         }
         const float got_lse = lse[static_cast<size_t>(h) * num_tokens + token];
-        const bool nan_row = c.nan_row && token == 0 && h == 1;
+        const bool nan_row = (c.nan_row && token == 0 && h == 1) || t >= c.max_query_len;
         if (nan_row) {
           right_specials = right_specials && got_lse != got_lse;
         } else if (sum == 0) {
@@ -367,11 +367,58 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
       "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s)\n",
       name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
       plan.copy.num_runs, plan.copy.reps, plan.copy.width, plan.bulk ? "bulk" : "cp.async");
+  if (!(relative < bound)) {
+    std::printf(
+        "  D %d, %d x %d heads, max_query_len %d, block %d, layout %d, int8 %d, %d SMs, window %d "
+        "%d\n",
+        D, hkv, c.group, c.max_query_len, c.block_size, static_cast<int>(c.layout), c.int8,
+        c.num_sms, c.window_left, c.window_right);
+    for (int s = 0; s < num_seqs; ++s) {
+      std::printf("  %d keys, %d queries\n", c.lengths[s],
+                  query_start_loc[s + 1] - query_start_loc[s]);
+    }
+  }
   CHECK(relative < bound);
   // Without the residual a tie may round the other way in double precision.
   CHECK(worst_lse < (plan.mode == tq4::DecodeMode::kInt8Rows16 ? 5e-3 : 1e-3));
   CHECK(others_untouched);
   CHECK(right_specials);
+}
+
+Case random_case(Random* random) {
+  const auto pick = [&](auto... choices) {
+    const int all[] = {choices...};
+    return all[random->range(0, static_cast<int>(sizeof...(choices)) - 1)];
+  };
+  Case c;
+  c.head_dim = pick(64, 96, 128, 128, 256);
+  c.num_kv_heads = pick(1, 2, 3, 4, 5, 8);
+  c.group = pick(1, 2, 4, 7, 8);
+  c.max_query_len = pick(1, 1, 1, 2, 3, 8);
+  while (c.group * c.max_query_len > 64) c.max_query_len /= 2;
+  c.lengths.clear();
+  const int num_seqs = random->range(1, 6);
+  const bool listed = c.max_query_len > 1 || random->range(0, 1) == 1;
+  for (int s = 0; s < num_seqs; ++s) {
+    c.lengths.push_back(pick(0, 1, 15, 16, 17, random->range(1, 90), random->range(1, 250)));
+    if (listed) c.queries.push_back(random->range(0, c.max_query_len));
+  }
+  const Layout layouts[] = {Layout::kTokenMajor, Layout::kPaddedRows, Layout::kHeadMajor,
+                            Layout::kHeadMajorApart};
+  c.layout = layouts[random->range(0, 3)];
+  c.block_size = pick(16, 16, 32, 48, 128);
+  c.int8 = pick(1, 1, 1, 0) == 1;
+  c.bulk = pick(1, 1, 0) == 1;
+  c.arch = c.bulk ? 90 : pick(80, 86, 90, 120);
+  c.num_sms = random->range(1, 4);
+  c.rotate = pick(1, 0, 0) == 1;
+  c.bf16 = pick(1, 0) == 1;
+  c.window_left = pick(-1, -1, 0, 5, 40);
+  c.window_right = pick(0, 0, -1, 3);
+  c.softcap = pick(0, 0, 3) * 1.f;
+  c.sinks = pick(0, 1) == 1;
+  c.wild_norms = pick(0, 0, 10) * 1.f;
+  return c;
 }
 
 }  // namespace
@@ -464,11 +511,19 @@ int main(int argc, char** argv) {
   test("tiny codebook", [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true; });
   test("tiny codebook fp16",
        [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false; });
+  test("max_query_len broken",
+       [](Case& c) { c.queries = {1, 4, 2}, c.lengths = {30, 20, 9}, c.max_query_len = 2; });
   test("NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
   test("many sequences", [](Case& c) {
     c.lengths.clear();
     for (int i = 0; i < 700; ++i) c.lengths.push_back(i % 97 == 0 ? 17 : 0);
     c.num_sms = 3, c.num_kv_heads = 1, c.group = 1, c.head_dim = 64;
   });
+  // test_decode_emulated fuzz [rounds] [seed]: random cases, on request.
+  if (only == "fuzz") {
+    const int rounds = argc > 2 ? std::atoi(argv[2]) : 20;
+    Random random(argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
+    for (int round = 0; round < rounds; ++round) run("fuzz", random_case(&random), random.next());
+  }
   return tq4::test::report("test_decode_emulated");
 }
