@@ -200,18 +200,15 @@ inline int shared_wavefronts(const std::array<int, 32>& address, int width) {
   const int lanes = std::min(32, 128 / width);
   int total = 0;
   for (int begin = 0; begin < 32; begin += lanes) {
-    int worst = 1;
-    for (int bank = 0; bank < 32; ++bank) {
-      int words[32 * 4], count = 0;
-      for (int lane = begin; lane < begin + lanes; ++lane) {
-        for (int byte = 0; byte < width; byte += 4) {
-          const int word = (address[lane] + byte) / 4;
-          if (word % 32 == bank && std::find(words, words + count, word) == words + count) {
-            words[count++] = word;
-          }
-        }
+    int words[32][32], count[32] = {}, worst = 1;  // distinct words of each bank
+    for (int lane = begin; lane < begin + lanes; ++lane) {
+      for (int byte = 0; byte < width; byte += 4) {
+        const int word = (address[lane] + byte) / 4, bank = word % 32;
+        int* end = words[bank] + count[bank];
+        if (std::find(words[bank], end, word) != end) continue;
+        *end = word;
+        worst = std::max(worst, ++count[bank]);
       }
-      worst = std::max(worst, count);
     }
     total += worst;
   }
@@ -274,9 +271,11 @@ inline TokenMap choose_token_map(const StageView& stage) {
       make([](int i, int t, int b) { return 4 * t + 2 * i + b; }),
       make([](int i, int t, int b) { return 8 * i + 2 * t + b; }),
   };
-  TokenMap best = candidates[0];
+  TokenMap best{};
+  int fewest = INT32_MAX;
   for (const TokenMap& map : candidates) {
-    if (tile_wavefronts<D>(stage, map) < tile_wavefronts<D>(stage, best)) best = map;
+    const int wavefronts = tile_wavefronts<D>(stage, map);
+    if (wavefronts < fewest) best = map, fewest = wavefronts;
   }
   return best;
 }
