@@ -29,7 +29,7 @@ __device__ inline float write_fp16_table(float centroid, ByteTable* high, ByteTa
   float largest = fabsf(centroid);
 #pragma unroll
   for (int step = 8; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step, 16));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
   }
   int exponent = 0;
   frexpf(largest, &exponent);

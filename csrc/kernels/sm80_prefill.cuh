@@ -36,6 +36,7 @@
 #include "../device/prefill_schedule.cuh"
 #include "../device/prefill_steps.cuh"
 #include "../params.h"
+#include "../ptx/dynamic_smem.cuh"
 #include "../ptx/smem.cuh"
 
 namespace tq4::sm80 {
@@ -44,7 +45,7 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     prefill_kernel(const __grid_constant__ AttentionParams p, int copy_bytes, int block_shift) {
   constexpr int D = Config::D;
-  extern __shared__ __align__(1024) uint8_t shared[];
+  uint8_t* const shared = ptx::dynamic_shared();
   const uint32_t smem = ptx::opaque(ptx::smem_address(shared));
   const int warp = threadIdx.x / 32;
   const int group = p.num_q_heads / p.cache.num_kv_heads;

@@ -267,6 +267,7 @@ enum Kind {
   kMmaTf32B,
   kMmaInt8B,
   kMmaHalfB,
+  kLdmatrixTrans,
   kRegisters
 };
 
@@ -358,6 +359,7 @@ inline bool __all_sync(uint32_t, bool value) {
   for (int i = 0; i < 32; ++i) result = result && all[i][0] != 0;
   return result;
 }
+inline bool __any_sync(uint32_t, bool value) { return !__all_sync(0, !value); }
 inline void __syncwarp() { emulation::exchange(emulation::kSync, 0); }
 inline void __syncthreads() { emulation::barrier(0, emulation::machine().threads); }
 
@@ -371,5 +373,6 @@ inline int __float2int_rn(float x) {
   return static_cast<int>(std::nearbyint(std::max(-2147483648.f, std::min(2147483520.f, x))));
 }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __log2f(float x) { return std::log2(x); }

@@ -5,6 +5,7 @@
 namespace tq4::ptx {
 
 inline uint32_t thread_idx_volatile() { return threadIdx.x; }
+inline uint32_t opaque(uint32_t x) { return x; }
 
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);

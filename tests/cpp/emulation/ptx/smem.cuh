@@ -44,6 +44,23 @@ inline void st_shared_v2(uint32_t address, uint32_t x, uint32_t y) {
 }
 inline void st_shared_u32(uint32_t address, uint32_t x) { store_shared(address, x); }
 
+inline uint32_t ld_shared_volatile(uint32_t address) { return load_shared<uint32_t>(address); }
+
+// Lane l names row l % 8 of matrix l / 8 and receives column l / 4 of each, rows 2 (l % 4) and + 1.
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  uint64_t rows[32][4];
+  std::memcpy(rows, emulation::exchange(emulation::kLdmatrixTrans, address), sizeof rows);
+  const int column = emulation::lane() / 4, first = emulation::lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    r[i] = 0;
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t row = static_cast<uint32_t>(rows[8 * i + first + e][0]);
+      if (row % 16 != 0) emulation::fail("misaligned ldmatrix row");
+      r[i] |= static_cast<uint32_t>(load_shared<uint16_t>(row + 2 * column)) << (16 * e);
+    }
+  }
+}
+
 // Lands later, in the order of the thread's own copies.
 template <int kBytes>
 void cp_async(uint32_t dst, const void* src) {
