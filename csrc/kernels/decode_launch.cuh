@@ -8,15 +8,15 @@
 
 namespace tq4 {
 
-// Launches a kernel that may start before its predecessor on the stream has ended (it says itself
-// where it waits).  Before sm_90 an ordinary launch.
+// Launches a kernel that, if `overlapped`, may start before its predecessor on the stream has ended
+// (it says itself where it waits).
 template <typename... KernelArgs, typename... Args>
-void launch_dependent_kernel(int arch, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
+void launch_dependent_kernel(bool overlapped, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
                              size_t smem_bytes, Stream stream, const Args&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  launch_kernel_with(&attribute, arch >= 90 ? 1 : 0, kernel, grid, block, smem_bytes, stream,
+  launch_kernel_with(&attribute, overlapped ? 1 : 0, kernel, grid, block, smem_bytes, stream,
                      args...);
 }
 
@@ -40,8 +40,8 @@ void dispatch_head_dim(int head_dim, Function&& function) {
 template <int D, DecodeMode kMode, bool kBulk, bool kWide>
 void launch_decode_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   using Config = DecodeConfig<D, kMode, kBulk, kWide>;
-  launch_dependent_kernel(p.arch, decode_kernel<Config>, dim3(plan.grid), dim3(Config::kThreads),
-                          plan.smem_bytes, stream, p, plan);
+  launch_dependent_kernel(plan.overlapped, decode_kernel<Config>, dim3(plan.grid),
+                          dim3(Config::kThreads), plan.smem_bytes, stream, p, plan);
 }
 
 template <bool kBulk, bool kWide>
