@@ -65,6 +65,7 @@ struct DecodePlan {
   DecodeMode mode;
   bool bulk;           // bulk copies; else cp.async
   bool wide;           // stage rows are aligned for vector loads
+  bool overlapped;     // launches may overlap; set by launch_decode
   int32_t row_groups;  // warps that share a (KV head, tile)
   int32_t heads_per_chunk, num_chunks;
   int32_t slots;  // warps of a team: heads_per_chunk * row_groups
