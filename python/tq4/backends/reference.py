@@ -398,8 +398,8 @@ def quantise_queries(q_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Integers in [-127, 127] as fp32 ``[..., D]``, and fp32 scales ``[...]`` (0 for a zero row; NaN for a
         row with a NaN, which then spreads to that row's result and no further).
     """
-    # Divided by a tensor: torch turns a scalar divisor into a product with its reciprocal on a GPU, and rows of
-    # fp16 values hit exact ties that the last bit of the scale decides.
+    # Divided by a tensor: torch turns a scalar divisor into a product with its reciprocal on a GPU, and rows
+    # of fp16 values hit exact ties that the last bit of the scale decides.
     largest = q_rot.abs().amax(-1)
     steps = largest / torch.full_like(largest, _MAX_CODE)
     safe = torch.where(steps > 0, steps, torch.ones_like(steps))  # a NaN row has codes 0 and scale NaN
