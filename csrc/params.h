@@ -119,7 +119,7 @@ struct AttentionParams {
   const int32_t* query_start_loc;  // [B + 1]; null (decode only) = one token a sequence
   const float* q_rotation;    // [D, D] row-major: q_rot = q @ R^T; null = q is rotated already
   const float* out_rotation;  // [D, D] row-major: out = O @ R; null = O stays rotated
-  const float* k_centroids;   // [16] fp32 (fp16 mode; INT8 decode: what k_codes lack, or null)
+  const float* k_centroids;   // [16] fp32 (fp16 mode)
   const int8_t* k_codes;      // [16] (INT8 mode)
   float k_code_scale;         // centroid ~= code * k_code_scale
   const float* v_centroids;   // [16] fp32

@@ -231,7 +231,7 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
 template <typename Config, typename Hidden>
 __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage, uint32_t empty,
                                              uint32_t lane_table, const LaneOffsets& at,
-                                             const KeyCodes<Config>& key_codes,
+                                             const KeyCodes& key_codes,
                                              const DecodeRows<Config>& rows, float cap_log2e,
                                              Hidden&& hidden_of_tile, DecodeState<Config>& state) {
   float s[Config::kOctets][4];
@@ -266,8 +266,7 @@ template <typename Config>
 __device__ __forceinline__ void consume_segment(const AttentionParams& p, const DecodePlan& plan,
                                                 const WarpScratch& scratch, uint32_t lane_table,
                                                 uint32_t barriers, uint32_t stages,
-                                                const LaneOffsets& at,
-                                                const KeyCodes<Config>& key_codes,
+                                                const LaneOffsets& at, const KeyCodes& key_codes,
                                                 DecodeState<Config>& state) {
   const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
   const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
@@ -341,59 +340,6 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
   scratch.ring = ring;
 }
 
-// The key codebook to shared memory, by the CTA's first warp.
-template <typename Config>
-__device__ __forceinline__ void write_key_codes(const AttentionParams& p, DecodeShared& shared) {
-  const int thread = threadIdx.x;
-  if constexpr (Config::kResidual) {
-    if (thread >= 8) return;
-    KeyParts parts[2];  // of entries `thread` and `thread` + 8
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int entry = thread + 8 * i;
-      const float centroid = p.k_centroids != nullptr ? p.k_centroids[entry] : NAN;
-      parts[i] = key_parts(p.k_codes[entry], __fdiv_rn(centroid, p.k_code_scale));
-    }
-    const SplitPair code = split_pair(parts[0].code, parts[1].code);
-    const SplitPair rest = split_pair(parts[0].rest, parts[1].rest);
-    shared.key_codes[thread] = code.low;
-    shared.key_codes[8 + thread] = code.high;
-    shared.key_codes[16 + thread] = rest.low;
-    shared.key_codes[24 + thread] = rest.high;
-  } else {
-    if (thread < 16) {
-      shared.key_codes[thread] = p.k_codes[thread];
-      shared.key_codes[16 + thread] = 0x44;
-    }
-  }
-}
-
-// And from there to registers.  Pinned: uniform values end up in uniform registers, from which
-// every byte permute would have to copy them first (60 instructions a tile).
-__device__ __forceinline__ void read_words(const DecodeShared& shared, int first,
-                                           uint32_t (&w)[4]) {
-  const uint4 v = ptx::ld_shared_v4(ptx::smem_address(&shared.key_codes[first]));
-  w[0] = pinned(v.x), w[1] = pinned(v.y), w[2] = pinned(v.z), w[3] = pinned(v.w);
-}
-
-__device__ __forceinline__ void read_key_codes(const DecodeShared& shared, SplitKeyCodes& codes) {
-  uint32_t code[4], rest[4];
-  read_words(shared, 0, code);
-  read_words(shared, 16, rest);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    codes.code_low[i] = code[i], codes.code_high[i] = code[2 + i];
-    codes.rest_low[i] = rest[i], codes.rest_high[i] = rest[2 + i];
-  }
-}
-
-__device__ __forceinline__ void read_key_codes(const DecodeShared& shared, PlainKeyCodes& codes) {
-  uint32_t table[4], mask[4];
-  read_words(shared, 0, table);
-  read_words(shared, 16, mask);
-  codes = {{table[0], table[1], table[2], table[3]}, mask[0]};
-}
-
 template <typename Config>
 __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
                                         DecodeShared& shared, uint32_t smem) {
@@ -411,7 +357,8 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
                       1.f};
   place.value_unit = write_pair_table(smem, p.v_centroids, warp, Config::kWarps);
   if constexpr (Config::kInt8) {
-    write_key_codes<Config>(p, shared);
+    if (threadIdx.x < 16) shared.key_codes[threadIdx.x] = p.k_codes[threadIdx.x];
+    if (threadIdx.x == 0) shared.bit3_mask = 0x44444444u;
   } else {
     place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids, warp, Config::kWarps);
   }
@@ -421,8 +368,14 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   scratch.walker = shared.walker;
   ptx::named_barrier_sync(kConsumerBarrier, Config::kWarps * kWarpSize);  // the tables are complete
 
-  KeyCodes<Config> key_codes{};
-  if constexpr (Config::kInt8) read_key_codes(shared, key_codes);
+  KeyCodes key_codes{};
+  if constexpr (Config::kInt8) {
+    // Pinned: uniform values end up in uniform registers, from which every byte permute would have
+    // to copy them first (60 instructions a tile).
+    const uint4 w = ptx::ld_shared_v4(ptx::smem_address(shared.key_codes));
+    const uint32_t bit3 = ptx::ld_shared_u32(ptx::smem_address(&shared.bit3_mask));
+    key_codes = {{pinned(w.x), pinned(w.y), pinned(w.z), pinned(w.w)}, pinned(bit3)};
+  }
   const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
   ptx::wait_for_predecessor();  // decode_prepare has written q
   if (place.team >= plan.teams) return;

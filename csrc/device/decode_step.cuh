@@ -11,8 +11,7 @@
 // Rows.  With up to 8 rows, the other 8 rows of A hold what quantisation left over,
 //   q_rot / s_q = q8 + r8 / 256,
 // so c0,c1 is q8 . k8 and c2,c3 of the same lane is r8 . k8: the error of quantising q is gone for
-// one FFMA a score.  Keys have a residual as well (decode_codes.h), for a second accumulator;
-// scores are then as exact as fp32.  In fp16 mode the other rows hold q - fp16(q).
+// one FFMA a score.  In fp16 mode they hold q - fp16(q).
 //
 // Scales.  The K norm multiplies the score's column.  The V norm multiplies P, which is 8 times
 // cheaper than multiplying V, but norms have any magnitude and fp16 has not.  So the exponent
@@ -28,7 +27,6 @@
 #include "../ptx/mma.cuh"
 #include "../ptx/smem.cuh"
 #include "common.cuh"
-#include "decode_codes.h"
 #include "decode_map.h"
 #include "decode_plan.h"
 #include "decode_table.cuh"
@@ -76,11 +74,6 @@ constexpr float kDenominatorScale = 0x1p-76f;
 // no conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
 constexpr int32_t kScoreBias = 0x4b400000;
 constexpr float kScoreBiasFloat = 12582912.f;
-// Units of the residuals.  The bias times 1 + both is an integer below 2^24, so taking it off is
-// exact.
-constexpr float kQueryRest = 1.f / 256.f;
-constexpr float kKeyRest = 1.f / kKeyRestUnits;
-static_assert(kScoreBiasFloat * (1.f + kQueryRest + kKeyRest) == 12828672.f, "exact in fp32");
 
 // The value, by a way the compiler cannot see through.  What is cheap to compute from constants it
 // would otherwise compute anew for every tile, and fragments loaded in pairs it would copy into
@@ -90,47 +83,20 @@ __device__ __forceinline__ T pinned(T x) {
   return __shfl_sync(kFullWarp, x, threadIdx.x % kWarpSize);
 }
 
-// The key codebook in registers, by kind of kernel.
-//
-// With residuals: the four split tables of decode_codes.h, 8 bytes each.
-struct SplitKeyCodes {
-  uint32_t code_low[2], code_high[2], rest_low[2], rest_high[2];
-
-  // acc += q . code, rest += q . rest for one word of a column's codes.
-  __device__ __forceinline__ void multiply(const uint32_t (&q)[4], uint32_t word, int32_t (&acc)[4],
-                                           int32_t (&rest)[4]) const {
-    const uint32_t low[2] = {word, word >> 16};
-    const uint32_t flipped = word ^ 0x88888888u;
-    const uint32_t high[2] = {flipped, flipped >> 16};
-    const auto add = [&q](const uint32_t (&table)[2], const uint32_t (&selectors)[2],
-                          int32_t (&sum)[4]) {
-      ptx::mma_m16n8k32_s8s8s32(sum, q, ptx::prmt(table[0], table[1], selectors[0]),
-                                ptx::prmt(table[0], table[1], selectors[1]), sum);
-    };
-    add(code_low, low, acc);
-    add(rest_low, low, rest);
-    add(code_high, high, acc);
-    add(rest_high, high, rest);
-  }
-};
-
-// Without: one table of 16 codes.
-struct PlainKeyCodes {
+// The INT8 codebook and the mask of unpack_keys, in registers.
+struct KeyCodes {
   ByteTable table;
   uint32_t bit3;  // 0x44444444
-
-  __device__ __forceinline__ void multiply(const uint32_t (&q)[4], uint32_t word,
-                                           int32_t (&acc)[4]) const {
-    // unpack_int8 with one LOP3 less: of its two masks an instruction can hold only one itself.
-    const uint32_t entry = word & 0x77777777u;
-    const uint32_t half = ((word >> 1) & bit3) | 0x32103210u;
-    ptx::mma_m16n8k32_s8s8s32(acc, q, lookup4(table, entry, half),
-                              lookup4(table, entry >> 16, half >> 16), acc);
-  }
 };
 
-template <typename Config>
-using KeyCodes = std::conditional_t<Config::kResidual, SplitKeyCodes, PlainKeyCodes>;
+// unpack_int8 with one LOP3 less: of its two masks an instruction can hold only one itself.
+__device__ __forceinline__ void unpack_keys(uint32_t word, const KeyCodes& codes, uint32_t& x0,
+                                            uint32_t& x1) {
+  const uint32_t entry = word & 0x77777777u;
+  const uint32_t half = ((word >> 1) & codes.bit3) | 0x32103210u;
+  x0 = lookup4(codes.table, entry, half);
+  x1 = lookup4(codes.table, entry >> 16, half >> 16);
+}
 
 // What a lane knows of its rows g and g + 8, for one segment: A fragments of q, and by octet the
 // log2 units of one unit of norm * (q . k).
@@ -279,9 +245,11 @@ __device__ __forceinline__ void load_value_words(uint32_t address,
 // [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of
 // n-tile j.
 template <typename Config>
-__device__ __forceinline__ void compute_scores(
-    uint32_t key_address, int code_step, uint32_t lane_table, const KeyCodes<Config>& key_codes,
-    const DecodeRows<Config>& rows, int64_t residual_offset, float (&s)[Config::kOctets][4]) {
+__device__ __forceinline__ void compute_scores(uint32_t key_address, int code_step,
+                                               uint32_t lane_table, const KeyCodes& key_codes,
+                                               const DecodeRows<Config>& rows,
+                                               int64_t residual_offset,
+                                               float (&s)[Config::kOctets][4]) {
   constexpr int kWords = Config::Map::kKeyWords;
   // One n-tile after the other: the codes of both would crowd registers.
 #pragma unroll
@@ -292,24 +260,21 @@ __device__ __forceinline__ void compute_scores(
     }
     if constexpr (Config::kInt8) {
       int32_t acc[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
-      if constexpr (Config::kResidual) {
-        int32_t rest[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
 #pragma unroll
-        for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc, rest);
+      for (int k = 0; k < kWords; ++k) {
+        uint32_t b0, b1;
+        unpack_keys(words[k], key_codes, b0, b1);
+        ptx::mma_m16n8k32_s8s8s32(acc, rows.q[k], b0, b1, acc);
+      }
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          // q8 . code + r8 . code / 256 + q8 . rest / 64; what is left, r8 . rest, is below 1e-5.
-          const float x = __int_as_float(acc[b]) - kScoreBiasFloat * (1.f + kQueryRest + kKeyRest);
-          s[0][2 * j + b] = fmaf(__int_as_float(rest[b]), kKeyRest,
-                                 fmaf(__int_as_float(acc[2 + b]), kQueryRest, x));
-        }
-      } else {
-#pragma unroll
-        for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc);
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          s[0][2 * j + b] = __int_as_float(acc[b]) - kScoreBiasFloat;
-          s[1][2 * j + b] = __int_as_float(acc[2 + b]) - kScoreBiasFloat;
+      for (int b = 0; b < 2; ++b) {
+        const float first = __int_as_float(acc[b]), second = __int_as_float(acc[2 + b]);
+        if constexpr (Config::kResidual) {
+          // (bias + x) - bias (1 + 1/256) + (bias + r) / 256, exact up to the last rounding.
+          s[0][2 * j + b] = fmaf(second, 1.f / 256.f, first - kScoreBiasFloat * (257.f / 256.f));
+        } else {
+          s[0][2 * j + b] = first - kScoreBiasFloat;
+          s[1][2 * j + b] = second - kScoreBiasFloat;
         }
       }
     } else {
