@@ -70,7 +70,9 @@ def test_eval(model_folder, tmp_path, few_decoded):
     assert done.exit_code == 0, done.output
     record = json.loads((records / "cpu-transformers.json").read_text())
     rows = {row["impl"]: row for row in record["rows"]}
-    assert record["scored"] == 2 * 47 and record["unit"] == "byte" and len(record["source_hash"]) == 64
+    assert record["scored"] == 2 * 47 and record["unit"] == "byte"
+    # Of a source tree its hash, of an installed package its version.
+    assert len(record["source_hash"]) == 64 or record["source_hash"].endswith(", installed")
     expected = ["dense", "TQ4", "TQ4, norm correction", "TQ4, edge layers dense", "TQ4, first chunk dense"]
     expected += ["TQ4, fp16 scores", "TQ4, reference backend"]
     assert list(rows)[:7] == expected
