@@ -519,11 +519,16 @@ int main(int argc, char** argv) {
     for (int i = 0; i < 700; ++i) c.lengths.push_back(i % 97 == 0 ? 17 : 0);
     c.num_sms = 3, c.num_kv_heads = 1, c.group = 1, c.head_dim = 64;
   });
-  // test_decode_emulated fuzz [rounds] [seed]: random cases, on request.
+  // test_decode_emulated fuzz [rounds] [seed] [first round]: random cases, on request.
   if (only == "fuzz") {
     const int rounds = argc > 2 ? std::atoi(argv[2]) : 20;
     Random random(argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
-    for (int round = 0; round < rounds; ++round) run("fuzz", random_case(&random), random.next());
+    const int first = argc > 4 ? std::atoi(argv[4]) : 0;
+    for (int round = 0; round < rounds; ++round) {
+      const Case c = random_case(&random);
+      const uint64_t case_seed = random.next();
+      if (round >= first) run("fuzz " + std::to_string(round), c, case_seed);
+    }
   }
   return tq4::test::report("test_decode_emulated");
 }
