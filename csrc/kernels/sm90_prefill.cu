@@ -1,0 +1,88 @@
+// INT8 prefill by wgmma, sm_90a: queries and tiles are prepared in the workspace, pass by pass.
+#include "sm90_prefill.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "../device/launch.h"
+#include "../device/prefill_prepare.cuh"
+#include "../device/tile_expand.cuh"
+#include "../device/wgmma_prefill.cuh"
+
+namespace tq4::sm90 {
+namespace {
+
+struct Plan {
+  TileWorkspace tiles;
+  PrefillBuffers buffers;
+  int64_t tiles_offset, bytes;
+  int64_t slots;  // query images of a KV head
+};
+
+template <int D>
+Plan make_plan(const AttentionParams& p) {
+  using Image = WgmmaImage<D>;
+  Plan plan{};
+  const int group = p.num_q_heads / p.cache.num_kv_heads;
+  plan.slots = prefill_slots(p.num_tokens, group, QueryImage<D>::kRows, p.num_seqs);
+  plan.buffers.queries = 0;
+  plan.buffers.rotation = round_up<int64_t>(
+      plan.slots * p.cache.num_kv_heads * QueryImage<D>::kBytes, PrefillConfig<D>::kAlign);
+  plan.tiles_offset =
+      plan.buffers.rotation + int64_t{Image::kRotationTiles} * Image::Value::kBytes;
+  plan.tiles = make_tile_workspace(p.num_seqs, p.cache.num_kv_heads,
+                                   static_cast<int64_t>(p.max_blocks) * p.cache.block_size,
+                                   Image::kTileTokens, Image::kBytes, kTileWorkspaceLimit);
+  plan.bytes = plan.tiles_offset + plan.tiles.capacity * plan.tiles.tile_bytes;
+  return plan;
+}
+
+template <int D>
+void launch(const AttentionParams& p, Stream stream) {
+  using Config = PrefillConfig<D>;
+  using Prepare = PrepareConfig<D>;
+  Plan plan = make_plan<D>(p);
+  auto* workspace = static_cast<uint8_t*>(p.workspace);
+  plan.tiles.tiles = workspace + plan.tiles_offset;
+  const int64_t images = plan.slots * p.cache.num_kv_heads;
+  if (images >= INT32_MAX) throw std::invalid_argument("q: too many query tokens for one call");
+  const auto grid = static_cast<unsigned>(images);
+  launch_kernel(prepare_queries_kernel<D>, dim3(grid + 1), dim3(Prepare::kThreads),
+                Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries,
+                workspace + plan.buffers.rotation);
+  for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
+    launch_dependent_kernel(true, expand_tiles_kernel<WgmmaImage<D>>,
+                            dim3(expand_grid(p.num_sms)), dim3(kExpandThreads), 0, stream, p,
+                            plan.tiles, pass);
+    launch_dependent_kernel(true, wgmma_prefill_kernel<D>, dim3(grid), dim3(Config::kThreads),
+                            Config::kSmemBytes, stream, p, plan.tiles, plan.buffers, pass);
+  }
+}
+
+template <typename Function>
+auto dispatch(int head_dim, Function&& function) {
+  switch (head_dim) {
+    case 64: return function(std::integral_constant<int, 64>{});
+    case 96: return function(std::integral_constant<int, 96>{});
+    case 128: return function(std::integral_constant<int, 128>{});
+    case 256: return function(std::integral_constant<int, 256>{});
+    default:
+      throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256, got " +
+                                  std::to_string(head_dim));
+  }
+}
+
+}  // namespace
+
+int64_t prefill_workspace_bytes(const AttentionParams& p) {
+  return dispatch(p.cache.head_dim, [&](auto d) {
+    const Plan plan = make_plan<d>(p);
+    return plan.tiles.num_passes > 0 && plan.tiles.num_passes <= kMaxTilePasses ? plan.bytes : 0;
+  });
+}
+
+void launch_prefill(const AttentionParams& p, Stream stream) {
+  dispatch(p.cache.head_dim, [&](auto d) { launch<d>(p, stream); });
+}
+
+}  // namespace tq4::sm90
