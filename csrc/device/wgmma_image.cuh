@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "common.cuh"
+#include "tile_expand.cuh"
 
 namespace tq4 {
 
@@ -47,8 +48,7 @@ struct ValueMajorImage {
 };
 
 template <int D>
-struct WgmmaImage {
-  static constexpr int kHeadDim = D;
+struct WgmmaImage : TileImage<D, D == 256 ? 64 : 128> {
   static constexpr int kTileTokens = D == 256 ? 64 : 128;
   using Key = KeyMajorImage<D, kTileTokens>;
   using Value = ValueMajorImage<D, kTileTokens>;

@@ -65,8 +65,8 @@ struct PrefillConfig {
   static constexpr int kValues = kKeys + kStages * Image::Key::kBytes;
   static constexpr int kNorms = kValues + kStages * Image::Value::kBytes;
   static constexpr int kBarriers = kNorms + kStages * Image::kNormBytes;
-  static constexpr int kPlace = kBarriers + 8 * (1 + 4 * kStages);
-  static constexpr int kSmemBytes = kAlign + round_up(kPlace + 16, 16);
+  static constexpr int kPlace = round_up(kBarriers + 8 * (1 + 4 * kStages), 16);
+  static constexpr int kSmemBytes = kAlign + kPlace + 16;
   static_assert(kSmemBytes <= 227 * 1024, "shared memory of an SM");
   static_assert(Image::Key::kBytes % kAlign == 0 && Image::Value::kBytes % kAlign == 0);
 
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(PrefillConfig<D>::kThreads, 1)
 
   CtaWork work;
   work.tile = find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
-  if (work.tile.seq < 0) return;
+  if (work.tile.seq < 0) return ptx::wait_for_predecessor();  // see the end of tile_expand.cuh
   work.num_keys = p.seq_lens[work.tile.seq];
   work.pos0 = work.num_keys - work.tile.q_len;
   work.num_rows = work.tile.q_len * group;
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(PrefillConfig<D>::kThreads, 1)
   }
   __syncthreads();  // barriers and place are written
   const uint4 place = ptx::ld_shared_v4(smem + Config::kPlace);
-  if (static_cast<int>(place.z) != pass) return;
+  if (static_cast<int>(place.z) != pass) return ptx::wait_for_predecessor();
 
   if (threadIdx.x < 128) {
     ptx::give_registers<24>();

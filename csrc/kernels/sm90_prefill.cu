@@ -52,7 +52,7 @@ void launch(const AttentionParams& p, Stream stream) {
                 workspace + plan.buffers.rotation);
   for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
     launch_dependent_kernel(true, expand_tiles_kernel<WgmmaImage<D>>,
-                            dim3(expand_grid(p.num_sms)), dim3(kExpandThreads), 0, stream, p,
+                            dim3(p.num_sms * kExpandCtas), dim3(kExpandThreads), 0, stream, p,
                             plan.tiles, pass);
     launch_dependent_kernel(true, wgmma_prefill_kernel<D>, dim3(grid), dim3(Config::kThreads),
                             Config::kSmemBytes, stream, p, plan.tiles, plan.buffers, pass);
