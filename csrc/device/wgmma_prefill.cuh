@@ -176,6 +176,9 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const CtaW
   }
 }
 
+// Named barriers of the consumers' turns.
+constexpr uint32_t kTurn = 1;
+
 template <typename Config>
 __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork& work,
                                         uint32_t smem) {
@@ -237,17 +240,27 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
     key.advance<Config::kStages>();
     pack_operand(x, weights);
 
+#ifdef TQ4_TURNS
+    if (consumer == 1) ptx::named_barrier_arrive(kTurn, 256);
+#endif
     for (--tile; tile >= 0; --tile) {
       ptx::mbarrier_wait(smem + Config::key_full(key.stage), key.parity);
+#ifdef TQ4_TURNS
+      ptx::named_barrier_sync(kTurn + consumer, 256);
+#endif
       ptx::wgmma_fence();
       issue_qk<D>(queries, smem + Config::kKeys + key.stage * Image::Key::kBytes, acc);
       ptx::mbarrier_wait(smem + Config::value_full(value.stage), value.parity);
       issue_values<typename Image::Value>(
           weights, smem + Config::kValues + value.stage * Image::Value::kBytes, o, true);
+#ifdef TQ4_TURNS
+      ptx::named_barrier_arrive(kTurn + 1 - consumer, 256);
+#endif
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(acc);
       const bool moved = tile_softmax(tile, key.stage);
       key.advance<Config::kStages>();
+      ptx::wgmma_hold(x);  // the compiler would move the exponentials behind the wait
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(o);
       release(smem + Config::value_empty(value.stage));
@@ -255,6 +268,9 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
       if (moved) scale_rows(o, alpha);
       pack_operand(x, weights);
     }
+#ifdef TQ4_TURNS
+    if (consumer == 0) ptx::named_barrier_sync(kTurn, 256);
+#endif
     ptx::mbarrier_wait(smem + Config::value_full(value.stage), value.parity);
     ptx::wgmma_fence();
     issue_values<typename Image::Value>(
@@ -285,10 +301,11 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
       ptx::wgmma_fence();
       issue_values<typename Image::Value>(
           part, smem + Config::kValues + value.stage * Image::Value::kBytes, o, i > 0);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(o);
+      release(smem + Config::value_empty(value.stage));  // there may be more tiles than stages
       value.advance<Config::kStages>();
     }
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_hold(o);
   }
 
   const bool aligned4 =

@@ -1,6 +1,7 @@
 // INT8 prefill by wgmma, sm_90a: queries and tiles are prepared in the workspace, pass by pass.
 #include "sm90_prefill.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -47,9 +48,10 @@ void launch(const AttentionParams& p, Stream stream) {
   const int64_t images = plan.slots * p.cache.num_kv_heads;
   if (images >= INT32_MAX) throw std::invalid_argument("q: too many query tokens for one call");
   const auto grid = static_cast<unsigned>(images);
-  launch_kernel(prepare_queries_kernel<D>, dim3(grid + 1), dim3(Prepare::kThreads),
+  const unsigned prepare_grid = std::min(grid, static_cast<unsigned>(Prepare::kCtas * p.num_sms));
+  launch_kernel(prepare_queries_kernel<D>, dim3(prepare_grid + 1), dim3(Prepare::kThreads),
                 Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries,
-                workspace + plan.buffers.rotation);
+                static_cast<int>(images), workspace + plan.buffers.rotation);
   for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
     launch_dependent_kernel(true, expand_tiles_kernel<WgmmaImage<D>>,
                             dim3(p.num_sms * kExpandCtas), dim3(kExpandThreads), 0, stream, p,
