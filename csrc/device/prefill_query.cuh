@@ -108,22 +108,19 @@ __device__ __forceinline__ bool query_aligned16(const AttentionParams& p) {
          0;
 }
 
-// c += q R^T for one panel of R, of which `panel_smem` holds the high or the low part.
-template <typename Config>
-__device__ __forceinline__ void multiply_panel(uint32_t panel_smem, int panel, DType dtype,
-                                               bool aligned16,
-                                               const QueryRow (&row)[2 * Config::kMTiles],
+// c += q R^T for one panel of R, of which `panel_smem` holds the high or the low part.  load(i, kb, a)
+// gives dims 32 kb + 8 t .. + 7 of the lane's row i as fp16.
+template <typename Config, int kUnroll, typename Load>
+__device__ __forceinline__ void multiply_panel(uint32_t panel_smem, int panel, Load load,
                                                float (&c)[Config::kMTiles][Config::D / 8][4]) {
   constexpr int D = Config::D;
   using Panel = RotationPanel<D>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll 1
+#pragma unroll(kUnroll)
   for (int kb = 0; kb < D / 32; ++kb) {
     uint32_t a[2 * Config::kMTiles][4];
 #pragma unroll
-    for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-      load_row_fp16(row[i], 32 * kb + 8 * t, dtype, aligned16, a[i]);
-    }
+    for (int i = 0; i < 2 * Config::kMTiles; ++i) load(i, kb, a[i]);
 #pragma unroll
     for (int jj = 0; jj < 4 * Panel::kSteps; ++jj) {
       // Column g of the product is quarter g / 2, e = g % 2.
@@ -142,6 +139,19 @@ __device__ __forceinline__ void multiply_panel(uint32_t panel_smem, int panel, D
   }
 }
 
+// Dims 8 s .. + 7 of the lane's quarter of row i of a rotated q.
+template <typename Config>
+__device__ __forceinline__ void unpack_rotated(const uint4& raw, DType dtype, int i, int s,
+                                               float (&c)[Config::kMTiles][Config::D / 8][4]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+    const float2 v = unpack_pair(words[u], dtype);
+    c[i / 2][4 * s + u][2 * (i % 2)] = Config::kInt8 ? v.y : v.x;
+    c[i / 2][4 * s + u][2 * (i % 2) + 1] = Config::kInt8 ? v.x : v.y;
+  }
+}
+
 // c = q that is rotated already.
 template <typename Config>
 __device__ __forceinline__ void load_rotated(DType dtype, bool aligned16,
@@ -154,13 +164,7 @@ __device__ __forceinline__ void load_rotated(DType dtype, bool aligned16,
     for (int s = 0; s < Config::D / 32; ++s) {
       uint4 raw = make_uint4(0, 0, 0, 0);
       if (row[i].p != nullptr) raw = load_raw8(row[i].p + t * (Config::D / 4) + 8 * s, aligned16);
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const float2 v = unpack_pair(words[u], dtype);
-        c[i / 2][4 * s + u][2 * (i % 2)] = Config::kInt8 ? v.y : v.x;
-        c[i / 2][4 * s + u][2 * (i % 2) + 1] = Config::kInt8 ? v.x : v.y;
-      }
+      unpack_rotated<Config>(raw, dtype, i, s, c);
     }
   }
 }
@@ -195,6 +199,9 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
 #pragma unroll
     for (int i = 0; i < 2 * Config::kMTiles; ++i) find_row_scale<D>(row[i], p.dtype, aligned16);
     unit = rotation_unit(p.q_rotation);
+    const auto load = [&](int i, int kb, uint32_t(&a)[4]) {
+      load_row_fp16(row[i], 32 * kb + 8 * (threadIdx.x % 4), p.dtype, aligned16, a);
+    };
     const auto panel_rows = [](int panel) {
       return [panel](int r) { return Panel::by_quarter(panel, r); };
     };
@@ -204,13 +211,13 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
       const bool has_low = load_rotation_part<D, Config::kThreads, RotationPart::kHigh>(
           panel_smem, p.q_rotation, unit, panel_rows(panel));
       const bool any_low = __syncthreads_or(has_low);  // the panel is complete
-      multiply_panel<Config>(panel_smem, panel, p.dtype, aligned16, row, c);
+      multiply_panel<Config, 1>(panel_smem, panel, load, c);
       if (any_low) {
         __syncthreads();  // all warps are done with the high part
         load_rotation_part<D, Config::kThreads, RotationPart::kLow>(panel_smem, p.q_rotation, unit,
                                                                     panel_rows(panel));
         __syncthreads();  // the low part is complete
-        multiply_panel<Config>(panel_smem, panel, p.dtype, aligned16, row, c);
+        multiply_panel<Config, 1>(panel_smem, panel, load, c);
       }
     }
   } else {

@@ -64,22 +64,33 @@ struct PrefillConfig {
   static constexpr int kKeys = round_up(Query::kBytes, kAlign);
   static constexpr int kValues = kKeys + kStages * Image::Key::kBytes;
   static constexpr int kNorms = kValues + kStages * Image::Value::kBytes;
-  static constexpr int kBarriers = kNorms + kStages * Image::kNormBytes;
-  static constexpr int kPlace = round_up(kBarriers + 8 * (1 + 4 * kStages), 16);
-  static constexpr int kSmemBytes = kAlign + kPlace + 16;
+  static constexpr int kWorkSlots = 2;
+  static constexpr int kWork = kNorms + kStages * Image::kNormBytes;  // CtaWork [kWorkSlots]
+  static constexpr int kBarriers = kWork + kWorkSlots * 48;
+  // Pairs of barriers: the query, the stages of K, those of V, the slots of work.
+  static constexpr int kPairs = 1 + 2 * kStages + kWorkSlots;
+  static constexpr int kSmemBytes = kAlign + kBarriers + 16 * kPairs;
   static_assert(kSmemBytes <= 227 * 1024, "shared memory of an SM");
   static_assert(Image::Key::kBytes % kAlign == 0 && Image::Value::kBytes % kAlign == 0);
 
-  TQ4_HOST_DEVICE static constexpr int query_full() { return kBarriers; }
-  TQ4_HOST_DEVICE static constexpr int key_full(int s) { return kBarriers + 8 * (1 + s); }
-  TQ4_HOST_DEVICE static constexpr int key_empty(int s) { return key_full(kStages + s); }
-  TQ4_HOST_DEVICE static constexpr int value_full(int s) { return key_full(2 * kStages + s); }
-  TQ4_HOST_DEVICE static constexpr int value_empty(int s) { return key_full(3 * kStages + s); }
+  TQ4_HOST_DEVICE static constexpr int full(int pair) { return kBarriers + 16 * pair; }
+  TQ4_HOST_DEVICE static constexpr int empty(int pair) { return full(pair) + 8; }
+  TQ4_HOST_DEVICE static constexpr int query_full() { return full(0); }
+  TQ4_HOST_DEVICE static constexpr int query_empty() { return empty(0); }
+  TQ4_HOST_DEVICE static constexpr int key_full(int s) { return full(1 + s); }
+  TQ4_HOST_DEVICE static constexpr int key_empty(int s) { return empty(1 + s); }
+  TQ4_HOST_DEVICE static constexpr int value_full(int s) { return full(1 + kStages + s); }
+  TQ4_HOST_DEVICE static constexpr int value_empty(int s) { return empty(1 + kStages + s); }
+  TQ4_HOST_DEVICE static constexpr int work_full(int s) { return full(1 + 2 * kStages + s); }
+  TQ4_HOST_DEVICE static constexpr int work_empty(int s) { return empty(1 + 2 * kStages + s); }
+  TQ4_HOST_DEVICE static constexpr int work(int s) { return kWork + 48 * s; }
 };
 
 // Offsets in the workspace.
 struct PrefillBuffers {
   int64_t queries, rotation;
+  int64_t counters;  // int32 [passes]: work taken beyond the first of each CTA
+  int32_t num_slots;  // tiles of queries, of a KV head
 };
 
 struct RingPosition {
@@ -95,70 +106,196 @@ struct RingPosition {
   }
 };
 
-// What the CTA works on: the same in every thread.
-struct CtaWork {
-  PrefillTile tile;
-  int num_keys, pos0, num_rows, group;
-  int first_head;
-  int key_begin;  // of tile 0 of the CTA
-  int num_tiles;
+// One CTA's worth of work; a slot of it in shared memory tells the consumers.
+struct alignas(16) CtaWork {
+  int num_keys, pos0, num_rows, first_row;  // of the sequence; first_row of the tile
+  int q_begin, first_head;
+  int key_begin;   // of tile 0 of this work
+  int num_tiles;   // -1: no more work
   int full_begin, full_end;  // tiles inside need no mask
+  int pad[2];
 };
+static_assert(sizeof(CtaWork) == 48, "read as three vectors");
 
+__device__ __forceinline__ void write_work(uint32_t address, const CtaWork& work) {
+  ptx::st_shared_v4(address, work.num_keys, work.pos0, work.num_rows, work.first_row);
+  ptx::st_shared_v4(address + 16, work.q_begin, work.first_head, work.key_begin, work.num_tiles);
+  ptx::st_shared_v2(address + 32, work.full_begin, work.full_end);
+}
+
+__device__ __forceinline__ CtaWork read_work(uint32_t address) {
+  const uint4 a = ptx::ld_shared_v4(address), b = ptx::ld_shared_v4(address + 16);
+  const uint2 c = ptx::ld_shared_v2(address + 32);
+  CtaWork work;
+  work.num_keys = a.x, work.pos0 = a.y, work.num_rows = a.z, work.first_row = a.w;
+  work.q_begin = b.x, work.first_head = b.y, work.key_begin = b.z, work.num_tiles = b.w;
+  work.full_begin = c.x, work.full_end = c.y;
+  return work;
+}
+
+// Finds work `index` (of slots * Hkv); false if there is none, or it is another pass's.  Called by
+// one whole warp.
 template <typename Config>
-__device__ __forceinline__ void produce(const TileWorkspace& w, const uint8_t* query_image,
-                                        const uint8_t* rotation_image, int64_t first_tile,
-                                        int num_tiles, uint32_t smem) {
+__device__ __forceinline__ bool find_work(const AttentionParams& p, const TileWorkspace& w,
+                                          int pass, int64_t slot, int kv_head, CtaWork& work,
+                                          int64_t& first_tile) {
+  const int group = p.num_q_heads / p.cache.num_kv_heads;
+  const PrefillTile tile =
+      find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
+  if (tile.seq < 0) return false;
+  work.num_keys = p.seq_lens[tile.seq];
+  work.pos0 = work.num_keys - tile.q_len;
+  work.num_rows = tile.q_len * group;
+  work.first_row = tile.first_row;
+  work.q_begin = tile.q_begin;
+  work.first_head = kv_head * group;
+  const int last_row = min(tile.first_row + Config::kRows, work.num_rows) - 1;
+  const int pos_first = work.pos0 + tile.first_row / group;
+  const int pos_last = work.pos0 + last_row / group;
+  const KeyRange keys =
+      visible_keys(pos_first, pos_last, p.window_left, p.window_right, work.num_keys);
+  work.key_begin = keys.begin / Config::kTile * Config::kTile;
+  work.num_tiles =
+      keys.end > work.key_begin ? ceil_div(keys.end - work.key_begin, Config::kTile) : 0;
+  work.full_begin = pos_last - window_or_max(p.window_left);
+  work.full_end =
+      min(work.num_keys, pos_first + min(window_or_max(p.window_right), kMaxWindow - 1) + 1);
+
+  // Tiles of the sequences before this one: where the unit lies, and in which pass.
+  int64_t before = 0;
+  for (int s = threadIdx.x % kWarpSize; s < tile.seq; s += kWarpSize) {
+    before += unit_keys(p.seq_lens[s], p.query_start_loc[s + 1] - p.query_start_loc[s],
+                        p.window_left, Config::kTile)
+                  .tiles;
+  }
+  if (tile.seq > 0) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(kFullWarp, before, step);
+  }
+  const UnitKeys unit = unit_keys(work.num_keys, tile.q_len, p.window_left, Config::kTile);
+  const UnitPlace place = unit_place(w, before, unit.tiles, p.cache.num_kv_heads, kv_head);
+  first_tile = place.first_tile + (work.key_begin - unit.begin) / Config::kTile;
+  return place.pass == pass;
+}
+
+// What the producer's copies go through.
+template <typename Config>
+struct Producer {
   using Image = typename Config::Image;
-  ptx::mbarrier_arrive_expect_bytes(smem + Config::query_full(), Config::Query::kBytes);
-  ptx::bulk_copy_to_shared(smem + Config::kQuery, query_image, Config::Query::kBytes,
-                           smem + Config::query_full());
-  RingPosition key, value;
-  value.parity = key.parity = 1;  // a fresh ring is empty
-  const auto image = [&](int tile) { return w.tiles + (first_tile + tile) * w.tile_bytes; };
-  const auto copy_values = [&](const uint8_t* source) {
+  uint32_t smem;
+  RingPosition key{0, 1}, value{0, 1}, query{0, 1};  // fresh rings are empty
+
+  __device__ __forceinline__ void copy_values(const uint8_t* source) {
     const uint32_t full = smem + Config::value_full(value.stage);
     ptx::mbarrier_wait(smem + Config::value_empty(value.stage), value.parity);
     ptx::mbarrier_arrive_expect_bytes(full, Image::Value::kBytes);
     ptx::bulk_copy_to_shared(smem + Config::kValues + value.stage * Image::Value::kBytes, source,
                              Image::Value::kBytes, full);
     value.advance<Config::kStages>();
-  };
-  // In the order in which the consumers want them: K of the next tile before V of this one.
-  for (int i = num_tiles - 1; i >= -1; --i) {
-    if (i >= 0) {
-      const uint32_t full = smem + Config::key_full(key.stage);
-      ptx::mbarrier_wait(smem + Config::key_empty(key.stage), key.parity);
-      ptx::mbarrier_arrive_expect_bytes(full, Image::Key::kBytes + Image::kNormBytes);
-      ptx::bulk_copy_to_shared(smem + Config::kKeys + key.stage * Image::Key::kBytes, image(i),
-                               Image::Key::kBytes, full);
-      ptx::bulk_copy_to_shared(smem + Config::kNorms + key.stage * Image::kNormBytes,
-                               image(i) + Image::kNorms, Image::kNormBytes, full);
-      key.advance<Config::kStages>();
-    }
-    if (i + 1 < num_tiles) copy_values(image(i + 1) + Image::kValues);
   }
-  if (rotation_image != nullptr) {
-    for (int i = 0; i < Image::kRotationTiles; ++i) {
-      copy_values(rotation_image + i * Image::Value::kBytes);
+
+  __device__ __forceinline__ void copy_keys(const uint8_t* image) {
+    const uint32_t full = smem + Config::key_full(key.stage);
+    ptx::mbarrier_wait(smem + Config::key_empty(key.stage), key.parity);
+    ptx::mbarrier_arrive_expect_bytes(full, Image::Key::kBytes + Image::kNormBytes);
+    ptx::bulk_copy_to_shared(smem + Config::kKeys + key.stage * Image::Key::kBytes, image,
+                             Image::Key::kBytes, full);
+    ptx::bulk_copy_to_shared(smem + Config::kNorms + key.stage * Image::kNormBytes,
+                             image + Image::kNorms, Image::kNormBytes, full);
+    key.advance<Config::kStages>();
+  }
+
+  __device__ __forceinline__ void copy_query(const uint8_t* image) {
+    const uint32_t full = smem + Config::query_full();
+    ptx::mbarrier_wait(smem + Config::query_empty(), query.parity);
+    ptx::mbarrier_arrive_expect_bytes(full, Config::Query::kBytes);
+    ptx::bulk_copy_to_shared(smem + Config::kQuery, image, Config::Query::kBytes, full);
+    query.advance<1>();
+  }
+
+  // Everything of one work, in the order in which the consumers want it: K of the next tile before
+  // V of this one, the rotation last.
+  __device__ __forceinline__ void copy_work(const TileWorkspace& w, const uint8_t* query_image,
+                                            const uint8_t* rotation_image, int64_t first_tile,
+                                            int num_tiles) {
+    const auto image = [&](int tile) { return w.tiles + (first_tile + tile) * w.tile_bytes; };
+    copy_query(query_image);
+    for (int i = num_tiles - 1; i >= -1; --i) {
+      if (i >= 0) copy_keys(image(i));
+      if (i + 1 < num_tiles) copy_values(image(i + 1) + Image::kValues);
     }
+    if (rotation_image != nullptr) {
+      for (int i = 0; i < Image::kRotationTiles; ++i) {
+        copy_values(rotation_image + i * Image::Value::kBytes);
+      }
+    }
+  }
+};
+
+// The producer warp: takes work from a counter, so that CTAs with short work take more of it.
+template <typename Config>
+__device__ __forceinline__ void produce(const AttentionParams& p, const TileWorkspace& w,
+                                        const PrefillBuffers& buffers, int pass, uint32_t smem) {
+  auto* const workspace = static_cast<uint8_t*>(p.workspace);
+  auto* const counter = reinterpret_cast<int32_t*>(workspace + buffers.counters) + pass;
+  const int lane = threadIdx.x;
+  const int heads = p.cache.num_kv_heads;
+  const int num_work = buffers.num_slots * heads;
+  Producer<Config> producer{smem};
+  RingPosition slot{0, 1};
+  bool waited = false;
+  int index = blockIdx.x;
+  while (index < num_work) {
+    // KV heads innermost: CTAs that share tiles run side by side.  The last tiles of a sequence
+    // first: under a causal mask they have most keys.
+    const int tile_slot = buffers.num_slots - 1 - index / heads, kv_head = index % heads;
+    CtaWork work;
+    int64_t first_tile;
+    const bool found =
+        find_work<Config>(p, w, pass, tile_slot, kv_head, work, first_tile);
+    if (!waited) ptx::wait_for_predecessor();  // queries, rotation, tiles and counters are written
+    waited = true;
+    int next = 0;
+    if (lane == 0) {
+      next = gridDim.x + atomicAdd(counter, 1);
+      if (found) {
+        ptx::mbarrier_wait(smem + Config::work_empty(slot.stage), slot.parity);
+        write_work(smem + Config::work(slot.stage), work);
+        ptx::mbarrier_arrive(smem + Config::work_full(slot.stage));
+        const int64_t image = static_cast<int64_t>(tile_slot) * heads + kv_head;
+        producer.copy_work(w, workspace + buffers.queries + image * Config::Query::kBytes,
+                           p.out_rotation == nullptr ? nullptr : workspace + buffers.rotation,
+                           first_tile, work.num_tiles);
+      }
+    }
+    if (found) slot.advance<Config::kWorkSlots>();
+    index = __shfl_sync(kFullWarp, next, 0);
+  }
+  if (!waited) ptx::wait_for_predecessor();  // see the end of tile_expand.cuh
+  if (lane == 0) {
+    CtaWork end{};
+    end.num_tiles = -1;
+    ptx::mbarrier_wait(smem + Config::work_empty(slot.stage), slot.parity);
+    write_work(smem + Config::work(slot.stage), end);
+    ptx::mbarrier_arrive(smem + Config::work_full(slot.stage));
   }
 }
 
 // Denominator, LSE and the factor of the output, of the lane's two rows.
 template <typename Config>
-__device__ __forceinline__ void finish_rows(const AttentionParams& p, const CtaWork& work, int row,
-                                            LaneState& rows, float (&factor)[2]) {
+__device__ __forceinline__ void finish_rows(const AttentionParams& p, const CtaWork& work,
+                                            int group, int row, LaneState& rows,
+                                            float (&factor)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float l = rows.l[i], m = rows.m[i];
     l += __shfl_xor_sync(kFullWarp, l, 1);
     l += __shfl_xor_sync(kFullWarp, l, 2);
     float scale = 1.f;
-    const int packed = work.tile.first_row + row + 8 * i;
+    const int packed = work.first_row + row + 8 * i;
     if (packed < work.num_rows) {
-      const int token = packed / work.group;
-      const int head = work.first_head + packed - token * work.group;
+      const int token = packed / group;
+      const int head = work.first_head + packed - token * group;
       if (p.sinks != nullptr) {  // one more term of the denominator, with no value
         const float sink = p.sinks[head] * kLog2e;
         const float top = fmaxf(m, sink);
@@ -168,7 +305,7 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const CtaW
       }
       if (p.lse != nullptr && threadIdx.x % 4 == 0) {
         // l = 0: no visible key.  NaN goes through.
-        p.lse[static_cast<int64_t>(head) * p.num_tokens + work.tile.q_begin + token] =
+        p.lse[static_cast<int64_t>(head) * p.num_tokens + work.q_begin + token] =
             l == 0.f ? -INFINITY : (m + log2f(l)) * kLn2;
       }
     }
@@ -180,10 +317,20 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const CtaW
 constexpr uint32_t kTurn = 1;
 
 template <typename Config>
-__device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork& work,
-                                        uint32_t smem) {
+struct ConsumerRings {
+  RingPosition key, value;
+  uint32_t query_parity = 0;
+};
+
+// One work of the warpgroup's 64 rows.
+template <typename Config>
+__device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& work, uint32_t smem,
+                                       ConsumerRings<Config>& rings) {
   constexpr int D = Config::D;
   using Image = typename Config::Image;
+  RingPosition& key = rings.key;
+  RingPosition& value = rings.value;
+  const int group = p.num_q_heads / p.cache.num_kv_heads;
   const int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
   const int row = (threadIdx.x - 128) / 32 * 16 + lane / 4;  // in the CTA; and row + 8
   const uint32_t queries = smem + Config::kQuery + consumer * 64 * Config::Query::Codes::kRowBytes;
@@ -191,13 +338,14 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
   LaneState rows;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int pos = work.pos0 + (work.tile.first_row + row + 8 * i) / work.group;
+    const int pos = work.pos0 + (work.first_row + row + 8 * i) / group;
     rows.hi[i] = min(work.num_keys - 1, pos + window_or_max(p.window_right));
     rows.lo[i] = pos - window_or_max(p.window_left);
     rows.m[i] = kMinusHuge;
     rows.l[i] = 0.f;
   }
-  ptx::mbarrier_wait(smem + Config::query_full(), 0);
+  ptx::mbarrier_wait(smem + Config::query_full(), rings.query_parity);
+  rings.query_parity ^= 1;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     rows.scale[i] = ptx::ld_shared_f32(smem + Config::kQuery + Config::Query::kScales +
@@ -207,7 +355,6 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
   float o[Config::kOutRegs];
 #pragma unroll
   for (int i = 0; i < Config::kOutRegs; ++i) o[i] = 0.f;
-  RingPosition key, value;
   const auto release = [&](uint32_t barrier) {
     __syncwarp();  // every lane is done with the stage
     if (lane == 0) ptx::mbarrier_arrive(barrier);
@@ -236,28 +383,24 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
     issue_qk<D>(queries, smem + Config::kKeys + key.stage * Image::Key::kBytes, acc);
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
+    if (tile == 0) release(smem + Config::query_empty());
     tile_softmax(tile, key.stage);  // O is zero: nothing to rescale
     key.advance<Config::kStages>();
     pack_operand(x, weights);
 
-#ifdef TQ4_TURNS
     if (consumer == 1) ptx::named_barrier_arrive(kTurn, 256);
-#endif
     for (--tile; tile >= 0; --tile) {
       ptx::mbarrier_wait(smem + Config::key_full(key.stage), key.parity);
-#ifdef TQ4_TURNS
       ptx::named_barrier_sync(kTurn + consumer, 256);
-#endif
       ptx::wgmma_fence();
       issue_qk<D>(queries, smem + Config::kKeys + key.stage * Image::Key::kBytes, acc);
       ptx::mbarrier_wait(smem + Config::value_full(value.stage), value.parity);
       issue_values<typename Image::Value>(
           weights, smem + Config::kValues + value.stage * Image::Value::kBytes, o, true);
-#ifdef TQ4_TURNS
       ptx::named_barrier_arrive(kTurn + 1 - consumer, 256);
-#endif
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(acc);
+      if (tile == 0) release(smem + Config::query_empty());
       const bool moved = tile_softmax(tile, key.stage);
       key.advance<Config::kStages>();
       ptx::wgmma_hold(x);  // the compiler would move the exponentials behind the wait
@@ -268,9 +411,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
       if (moved) scale_rows(o, alpha);
       pack_operand(x, weights);
     }
-#ifdef TQ4_TURNS
     if (consumer == 0) ptx::named_barrier_sync(kTurn, 256);
-#endif
     ptx::mbarrier_wait(smem + Config::value_full(value.stage), value.parity);
     ptx::wgmma_fence();
     issue_values<typename Image::Value>(
@@ -279,10 +420,12 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
     ptx::wgmma_hold(o);
     release(smem + Config::value_empty(value.stage));
     value.advance<Config::kStages>();
+  } else {
+    release(smem + Config::query_empty());
   }
 
   float factor[2];
-  finish_rows<Config>(p, work, row, rows, factor);
+  finish_rows<Config>(p, work, group, row, rows, factor);
   scale_rows(o, factor);
   if (p.out_rotation != nullptr) {
     // O / l is bounded by the largest |V'|, an fp16 number: it fits.
@@ -314,17 +457,32 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const CtaWork&
       0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int packed = work.tile.first_row + row + 8 * i;
+    const int packed = work.first_row + row + 8 * i;
     if (packed >= work.num_rows) continue;
-    const int token = packed / work.group;
+    const int token = packed / group;
     uint16_t* dst = static_cast<uint16_t*>(p.out) +
-                    (work.tile.q_begin + token) * p.out_token_stride +
-                    (work.first_head + packed - token * work.group) * p.out_head_stride;
+                    (work.q_begin + token) * p.out_token_stride +
+                    (work.first_head + packed - token * group) * p.out_head_stride;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
       sm80::store_pair(dst + 8 * j + 2 * (lane % 4), o[4 * j + 2 * i], o[4 * j + 2 * i + 1],
                        p.dtype, aligned4);
     }
+  }
+}
+
+template <typename Config>
+__device__ __forceinline__ void consume(const AttentionParams& p, uint32_t smem) {
+  ConsumerRings<Config> rings;
+  RingPosition slot;
+  while (true) {
+    ptx::mbarrier_wait(smem + Config::work_full(slot.stage), slot.parity);
+    const CtaWork work = read_work(smem + Config::work(slot.stage));
+    __syncwarp();  // every lane has read it
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem + Config::work_empty(slot.stage));
+    if (work.num_tiles < 0) return;
+    attend<Config>(p, work, smem, rings);
+    slot.advance<Config::kWorkSlots>();
   }
 }
 
@@ -336,80 +494,22 @@ __global__ void __launch_bounds__(PrefillConfig<D>::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Config = PrefillConfig<D>;
   ptx::allow_dependent_launch();
-  uint8_t* const raw = ptx::dynamic_shared();
-  const uint32_t smem = round_up(ptx::smem_address(raw), static_cast<uint32_t>(Config::kAlign));
-  const int group = p.num_q_heads / p.cache.num_kv_heads;
-  // KV heads innermost: CTAs that share tiles run side by side.
-  const int kv_head = blockIdx.x % p.cache.num_kv_heads;
-  const int64_t slots = gridDim.x / p.cache.num_kv_heads;
-  const int64_t slot = slots - 1 - blockIdx.x / p.cache.num_kv_heads;
-
-  CtaWork work;
-  work.tile = find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
-  if (work.tile.seq < 0) return ptx::wait_for_predecessor();  // see the end of tile_expand.cuh
-  work.num_keys = p.seq_lens[work.tile.seq];
-  work.pos0 = work.num_keys - work.tile.q_len;
-  work.num_rows = work.tile.q_len * group;
-  work.group = group;
-  work.first_head = kv_head * group;
-  const int last_row = min(work.tile.first_row + Config::kRows, work.num_rows) - 1;
-  const int pos_first = work.pos0 + work.tile.first_row / group;
-  const int pos_last = work.pos0 + last_row / group;
-  const KeyRange keys =
-      visible_keys(pos_first, pos_last, p.window_left, p.window_right, work.num_keys);
-  const UnitKeys unit = unit_keys(work.num_keys, work.tile.q_len, p.window_left, Config::kTile);
-  work.key_begin = keys.begin / Config::kTile * Config::kTile;
-  work.num_tiles =
-      keys.end > work.key_begin ? ceil_div(keys.end - work.key_begin, Config::kTile) : 0;
-  work.full_begin = pos_last - window_or_max(p.window_left);
-  work.full_end =
-      min(work.num_keys, pos_first + min(window_or_max(p.window_right), kMaxWindow - 1) + 1);
-
+  const uint32_t smem =
+      round_up(ptx::smem_address(ptx::dynamic_shared()), static_cast<uint32_t>(Config::kAlign));
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(smem + Config::query_full(), 1);
-    for (int s = 0; s < Config::kStages; ++s) {
-      ptx::mbarrier_init(smem + Config::key_full(s), 1);
-      ptx::mbarrier_init(smem + Config::key_empty(s), Config::kConsumerWarps);
-      ptx::mbarrier_init(smem + Config::value_full(s), 1);
-      ptx::mbarrier_init(smem + Config::value_empty(s), Config::kConsumerWarps);
+    for (int i = 0; i < Config::kPairs; ++i) {
+      ptx::mbarrier_init(smem + Config::full(i), 1);
+      ptx::mbarrier_init(smem + Config::empty(i), Config::kConsumerWarps);
     }
     ptx::mbarrier_fence_init();
   }
-  if (threadIdx.x < kWarpSize) {
-    // Tiles of the sequences before this one: where the unit lies, and in which pass.
-    int64_t before = 0;
-    for (int s = threadIdx.x; s < work.tile.seq; s += kWarpSize) {
-      before += unit_keys(p.seq_lens[s], p.query_start_loc[s + 1] - p.query_start_loc[s],
-                          p.window_left, Config::kTile)
-                    .tiles;
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(kFullWarp, before, step);
-    const UnitPlace place = unit_place(w, before, unit.tiles, p.cache.num_kv_heads, kv_head);
-    if (threadIdx.x == 0) {
-      const uint64_t first = place.first_tile + (work.key_begin - unit.begin) / Config::kTile;
-      ptx::st_shared_v4(smem + Config::kPlace, static_cast<uint32_t>(first),
-                        static_cast<uint32_t>(first >> 32), place.pass, 0);
-    }
-  }
-  __syncthreads();  // barriers and place are written
-  const uint4 place = ptx::ld_shared_v4(smem + Config::kPlace);
-  if (static_cast<int>(place.z) != pass) return ptx::wait_for_predecessor();
-
+  __syncthreads();  // the barriers are ready
   if (threadIdx.x < 128) {
-    ptx::give_registers<24>();
-    if (threadIdx.x == 0) {
-      ptx::wait_for_predecessor();  // queries, rotation and tiles are in the workspace
-      const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-      const int64_t image = slot * p.cache.num_kv_heads + kv_head;
-      produce<Config>(w, workspace + buffers.queries + image * Config::Query::kBytes,
-                      p.out_rotation == nullptr ? nullptr : workspace + buffers.rotation,
-                      static_cast<int64_t>(static_cast<uint64_t>(place.y) << 32 | place.x),
-                      work.num_tiles, smem);
-    }
+    ptx::give_registers<40>();
+    if (threadIdx.x < kWarpSize) produce<Config>(p, w, buffers, pass, smem);
   } else {
-    ptx::take_registers<240>();
-    consume<Config>(p, work, smem);
+    ptx::take_registers<232>();
+    consume<Config>(p, smem);
   }
 #endif
 }

@@ -17,7 +17,7 @@ struct Plan {
   TileWorkspace tiles;
   PrefillBuffers buffers;
   int64_t tiles_offset, bytes;
-  int64_t slots;  // query images of a KV head
+  int64_t num_images;
 };
 
 template <int D>
@@ -25,10 +25,17 @@ Plan make_plan(const AttentionParams& p) {
   using Image = WgmmaImage<D>;
   Plan plan{};
   const int group = p.num_q_heads / p.cache.num_kv_heads;
-  plan.slots = prefill_slots(p.num_tokens, group, QueryImage<D>::kRows, p.num_seqs);
-  plan.buffers.queries = 0;
-  plan.buffers.rotation = round_up<int64_t>(
-      plan.slots * p.cache.num_kv_heads * QueryImage<D>::kBytes, PrefillConfig<D>::kAlign);
+  const int64_t slots = prefill_slots(p.num_tokens, group, QueryImage<D>::kRows, p.num_seqs);
+  plan.num_images = slots * p.cache.num_kv_heads;
+  if (plan.num_images >= INT32_MAX / 2) {
+    throw std::invalid_argument("q: too many query tokens for one call");
+  }
+  plan.buffers.num_slots = static_cast<int32_t>(slots);
+  plan.buffers.counters = 0;
+  plan.buffers.queries = round_up(4 * kMaxTilePasses, PrefillConfig<D>::kAlign);
+  plan.buffers.rotation =
+      round_up<int64_t>(plan.buffers.queries + plan.num_images * QueryImage<D>::kBytes,
+                        PrefillConfig<D>::kAlign);
   plan.tiles_offset =
       plan.buffers.rotation + int64_t{Image::kRotationTiles} * Image::Value::kBytes;
   plan.tiles = make_tile_workspace(p.num_seqs, p.cache.num_kv_heads,
@@ -45,19 +52,28 @@ void launch(const AttentionParams& p, Stream stream) {
   Plan plan = make_plan<D>(p);
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   plan.tiles.tiles = workspace + plan.tiles_offset;
-  const int64_t images = plan.slots * p.cache.num_kv_heads;
-  if (images >= INT32_MAX) throw std::invalid_argument("q: too many query tokens for one call");
-  const auto grid = static_cast<unsigned>(images);
-  const unsigned prepare_grid = std::min(grid, static_cast<unsigned>(Prepare::kCtas * p.num_sms));
-  launch_kernel(prepare_queries_kernel<D>, dim3(prepare_grid + 1), dim3(Prepare::kThreads),
-                Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries,
-                static_cast<int>(images), workspace + plan.buffers.rotation);
-  for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
-    launch_dependent_kernel(true, expand_tiles_kernel<WgmmaImage<D>>,
+  const auto images = static_cast<unsigned>(plan.num_images);
+  const auto expand = [&](int pass, bool overlapped) {
+    launch_dependent_kernel(overlapped, expand_tiles_kernel<WgmmaImage<D>>,
                             dim3(p.num_sms * kExpandCtas), dim3(kExpandThreads), 0, stream, p,
                             plan.tiles, pass);
-    launch_dependent_kernel(true, wgmma_prefill_kernel<D>, dim3(grid), dim3(Config::kThreads),
-                            Config::kSmemBytes, stream, p, plan.tiles, plan.buffers, pass);
+  };
+  // Each kernel starts when the one before leaves room, and waits for all before it at its end (or
+  // before it reads what they wrote).
+  expand(0, false);
+  const unsigned prepare_grid = std::min(images, static_cast<unsigned>(Prepare::kCtas * p.num_sms));
+  launch_dependent_kernel(true, prepare_queries_kernel<D>, dim3(prepare_grid + 1),
+                          dim3(Prepare::kThreads), Prepare::kSmemBytes, stream, p,
+                          workspace + plan.buffers.queries, static_cast<int>(images),
+                          workspace + plan.buffers.rotation,
+                          reinterpret_cast<int32_t*>(workspace + plan.buffers.counters),
+                          plan.tiles.num_passes);
+  for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
+    if (pass > 0) expand(pass, true);
+    launch_dependent_kernel(true, wgmma_prefill_kernel<D>,
+                            dim3(std::min(images, static_cast<unsigned>(p.num_sms))),
+                            dim3(Config::kThreads), Config::kSmemBytes, stream, p, plan.tiles,
+                            plan.buffers, pass);
   }
 }
 
