@@ -114,7 +114,7 @@ __device__ __forceinline__ void write_query_image(const AttentionParams& p,
                                                   uint8_t* image) {
   constexpr int D = Config::D;
   using Image = QueryImage<D>;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int g = ptx::thread_idx_volatile() % 32 / 4, t = ptx::thread_idx_volatile() % 4;
   const float unit = p.k_code_scale * fabsf(p.sm_scale) * sm80::kLog2e;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -184,7 +184,7 @@ __device__ __forceinline__ void rotate_rows(const AttentionParams& p, uint32_t r
                                             float (&c)[1][Config::D / 8][4]) {
   constexpr int D = Config::D;
   using Panel = typename Config::Panel;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int g = ptx::thread_idx_volatile() % 32 / 4, t = ptx::thread_idx_volatile() % 4;
   const auto chunk = [&](int i, int which) {
     return ptx::ld_shared_v4(rows + HalfTile<D>::offset(g + 8 * i, which));
   };
@@ -269,10 +269,12 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
     return images + static_cast<int64_t>(index) * QueryImage<D>::kBytes;
   };
 
-  const uint32_t rows =
-      rotation + Config::kRotationBytes + threadIdx.x / 32 * Config::kWarpRows * Config::kRowBytes;
+  const auto warp_rows = [&] {  // made where it is needed, not carried through the loop
+    return rotation + Config::kRotationBytes +
+           ptx::thread_idx_volatile() / 32 * (Config::kWarpRows * Config::kRowBytes);
+  };
 
-  bool exists = copy_rows<Config>(p, blockIdx.x, num_images, rows);
+  bool exists = copy_rows<Config>(p, blockIdx.x, num_images, warp_rows());
   ptx::cp_async_commit();
   float unit = 1.f;
   bool any_low = false;
@@ -290,9 +292,9 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
       float c[1][D / 8][4] = {};
       ptx::cp_async_wait<0>();
       __syncwarp();  // what the other lanes copied is there
-      if (now) rotate_rows<Config>(p, rows, rotation, any_low, row, c);
+      if (now) rotate_rows<Config>(p, warp_rows(), rotation, any_low, row, c);
       __syncwarp();  // every lane has read the rows
-      exists = copy_rows<Config>(p, index + stride, num_images, rows);
+      exists = copy_rows<Config>(p, index + stride, num_images, warp_rows());
       ptx::cp_async_commit();
       if (!now) continue;
       sm80::finish_query<Config>(p.sm_scale, unit, row, c, q);
