@@ -223,7 +223,10 @@ __device__ __forceinline__ void announce_row(const AttentionParams& p, const Com
         row.exists ? row.token * p.out_token_stride + row.head * p.out_head_stride : -1;
     shared.lse[warp] = static_cast<int64_t>(row.head) * p.num_tokens + row.token;
   }
-  if (part == 0 && row.exists) write_surplus<D>(p, row);
+  if (part == 0 && row.surplus > 0) {
+    ptx::wait_for_predecessor();  // q has been read, which may be where the output goes
+    write_surplus<D>(p, row);
+  }
 }
 
 // The warp's row of the tile.  Rows that do not exist are zeros: their place in the MMA tile must
