@@ -4,8 +4,8 @@
 //
 //   q (registers) x R^T (shared memory, fp16: high parts, low parts) --wgmma--> q_rot --> s_q, q8
 //
-// A fixed grid; a CTA takes images of 128 rows in turn, 64 for each of its two warpgroups.  The rows
-// of the next image travel while this one is quantised and written.  The low parts are all zero, and
+// A fixed grid; a CTA takes images in turn, in parts of 64 rows for each of its two warpgroups.  The
+// rows of the next part travel while this one is quantised and written.  The low parts are all zero, and
 // skipped, for Hadamard matrices.
 //
 // Orders of dims, chosen so that nothing is ever moved between lanes.  With t = lane % 4:
@@ -31,8 +31,8 @@ template <int D_>
 struct PrepareConfig {
   static constexpr int D = D_;
   static constexpr int kThreads = 256;
-  static constexpr int kRows = QueryImage<D>::kRows;
-  static_assert(kRows == kThreads / 128 * 64, "64 rows a warpgroup");
+  static constexpr int kGroups = kThreads / 128;  // warpgroups
+  static constexpr int kParts = QueryImage<D>::kRows / 64;  // of an image, a warpgroup each
   static constexpr int kBlocks = D / 32;  // of dims
   static constexpr int kSteps = D / 16;   // of k
   static constexpr int kRegs = D / 2;     // accumulators a lane
@@ -116,43 +116,43 @@ struct RawRows {
   uint4 chunk[2][D / 32];
 };
 
-// False if there is no such image.
+// Rows of part `part` of all images; false if there is none.
 template <typename Config>
-__device__ __forceinline__ bool load_rows(const AttentionParams& p, int index, int num_images,
+__device__ __forceinline__ bool load_rows(const AttentionParams& p, int part, int num_parts,
                                           RawRows<Config::D>& raw) {
   constexpr int D = Config::D;
-  if (index >= num_images) return false;
+  if (part >= num_parts) return false;
   const int heads = p.cache.num_kv_heads, group = p.num_q_heads / heads;
-  const int slot = index / heads, kv_head = index - slot * heads;
+  const int index = part / Config::kParts, slot = index / heads, kv_head = index - slot * heads;
   const PrefillTile tile =
-      find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
+      find_prefill_tile(p.query_start_loc, p.num_seqs, group, QueryImage<D>::kRows, slot);
   if (tile.seq < 0) return false;
   const bool rotates = p.q_rotation != nullptr;
-  const bool aligned16 =
-      (reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) | (p.q_head_stride * 2)) % 16 == 0;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int thread = ptx::thread_idx_volatile();  // not carried through the loop
+  const int g = thread % 32 / 4, t = thread % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = tile.first_row + threadIdx.x / 32 * 16 + g + 8 * i;
+    const int row = tile.first_row + part % Config::kParts * 64 + thread % 128 / 32 * 16 + g +
+                    8 * i;
     const int token = row / group;
-    const uint16_t* src = static_cast<const uint16_t*>(p.q) +
-                          (tile.q_begin + token) * p.q_token_stride +
-                          (kv_head * group + row - token * group) * p.q_head_stride +
-                          t * (rotates ? 8 : D / 4);
-    const int step = rotates ? 32 : 8;
+    const auto* src = reinterpret_cast<const uint4*>(
+        static_cast<const uint16_t*>(p.q) + (tile.q_begin + token) * p.q_token_stride +
+        (kv_head * group + row - token * group) * p.q_head_stride + t * (rotates ? 8 : D / 4));
+    const int step = rotates ? 4 : 1;
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
       raw.chunk[i][b] = make_uint4(0, 0, 0, 0);
-      if (token < tile.q_len) raw.chunk[i][b] = load_raw8(src + b * step, aligned16);
+      if (token < tile.q_len) raw.chunk[i][b] = __ldg(src + b * step);
     }
   }
   return true;
 }
 
-// Issues c (+)= q M for one part of the matrix.
+// c (+)= q M for one part of the matrix.
 template <typename Config>
-__device__ __forceinline__ void issue_rotation(const RawRows<Config::D>& raw, uint32_t matrix,
-                                               bool accumulate, float (&c)[Config::kRegs]) {
+__device__ __forceinline__ void rotate_rows(const RawRows<Config::D>& raw, uint32_t matrix,
+                                            bool accumulate, float (&c)[Config::kRegs]) {
+  ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
     const uint4& x = raw.chunk[0][step / 2];
@@ -165,68 +165,69 @@ __device__ __forceinline__ void issue_rotation(const RawRows<Config::D>& raw, ui
     ptx::wgmma_f16<false>(c, a, b, accumulate || step > 0);
   }
   ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_hold(c);
 }
 
-// c, which holds q_rot * row_scale / unit, to the image of this CTA: codes and row scales.
-template <typename Config>
-__device__ __forceinline__ void write_query(const AttentionParams& p, float unit,
-                                            const float (&row_scale)[2],
-                                            const float (&c)[Config::kRegs], uint8_t* image) {
+// Row i of the lane in c, which holds q_rot * row_scale / unit, to its image: codes and row scale.
+template <typename Config, int i>
+__device__ __forceinline__ void write_row(const AttentionParams& p, float unit, float row_scale,
+                                          const float (&c)[Config::kRegs], int part,
+                                          uint8_t* images) {
   constexpr int D = Config::D;
   using Image = QueryImage<D>;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  uint8_t* const image = images + static_cast<int64_t>(part / Config::kParts) * Image::kBytes;
+  const int thread = ptx::thread_idx_volatile();  // not carried through the loop
+  const int g = thread % 32 / 4, t = thread % 4;
+  const int row = part % Config::kParts * 64 + thread % 128 / 32 * 16 + g + 8 * i;
+  float largest = 0.f;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = threadIdx.x / 32 * 16 + g + 8 * i;
-    float largest = 0.f;
+  for (int j = 0; j < D / 8; ++j) {
+    largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[4 * j + 2 * i]),
+                                                 fabsf(c[4 * j + 2 * i + 1])));
+  }
+  largest = quad_max_nan(largest);
+  // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
+  const float step = largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
+  // A negative sm_scale goes into the codes: the running maximum needs positive row scales.
+  const float signed_step = p.sm_scale < 0.f ? -step : step;
+  const float inverse = largest < 1e-30f ? 0.f : __frcp_rn(signed_step);
+  uint32_t words[D / 16];
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[4 * j + 2 * i]),
-                                                   fabsf(c[4 * j + 2 * i + 1])));
+  for (int w = 0; w < D / 16; ++w) {
+    uint32_t code[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float v = c[4 * (2 * w + e / 2) + 2 * i + e % 2];
+      // v / step, correctly rounded but for a few cases in a million: fp16 inputs hit exact ties,
+      // which a plain product with the reciprocal would break either way.  |v / step| <= 127, so
+      // that adding 3 * 2^22 leaves the rounded quotient in the low byte.
+      const float estimate = v * inverse;
+      const float quotient = fmaf(fmaf(-estimate, signed_step, v), inverse, estimate);
+      code[e] = __float_as_uint(quotient + 12582912.f);
     }
-    largest = quad_max_nan(largest);
-    // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
-    const float step = largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
-    // A negative sm_scale goes into the codes: the running maximum needs positive row scales.
-    const float signed_step = p.sm_scale < 0.f ? -step : step;
-    const float inverse = largest < 1e-30f ? 0.f : __frcp_rn(signed_step);
-    uint32_t words[D / 16];
+    words[w] = ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040),
+                         0x5410);
+  }
+  if constexpr (D % 64 == 0) {  // a quarter is whole chunks
 #pragma unroll
-    for (int w = 0; w < D / 16; ++w) {
-      uint32_t code[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float v = c[4 * (2 * w + e / 2) + 2 * i + e % 2];
-        // v / step, correctly rounded but for a few cases in a million: fp16 inputs hit exact ties,
-        // which a plain product with the reciprocal would break either way.  |v / step| <= 127, so
-        // that adding 3 * 2^22 leaves the rounded quotient in the low byte.
-        const float estimate = v * inverse;
-        const float quotient = fmaf(fmaf(-estimate, signed_step, v), inverse, estimate);
-        code[e] = __float_as_uint(quotient + 12582912.f);
-      }
-      words[w] = ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040),
-                           0x5410);
+    for (int w = 0; w < D / 16; w += 4) {
+      *reinterpret_cast<uint4*>(image + Image::Codes::offset(row, (t * (D / 4) + 4 * w) / 16)) =
+          make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
     }
-    if constexpr (D % 64 == 0) {  // a quarter is whole chunks
+  } else {
 #pragma unroll
-      for (int w = 0; w < D / 16; w += 4) {
-        *reinterpret_cast<uint4*>(image + Image::Codes::offset(row, (t * (D / 4) + 4 * w) / 16)) =
-            make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
-      }
-    } else {
-#pragma unroll
-      for (int w = 0; w < D / 16; w += 2) {
-        const int dim = t * (D / 4) + 4 * w;
-        *reinterpret_cast<uint2*>(image + Image::Codes::offset(row, dim / 16) + dim % 16) =
-            make_uint2(words[w], words[w + 1]);
-      }
+    for (int w = 0; w < D / 16; w += 2) {
+      const int dim = t * (D / 4) + 4 * w;
+      *reinterpret_cast<uint2*>(image + Image::Codes::offset(row, dim / 16) + dim % 16) =
+          make_uint2(words[w], words[w + 1]);
     }
-    if (t == 0) {
-      float scale = __fdiv_rn(step * unit, row_scale[i]) *
-                    (p.k_code_scale * fabsf(p.sm_scale) * sm80::kLog2e);
-      if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
-      *reinterpret_cast<float*>(image + Image::kScales + 4 * row) = scale;
-    }
+  }
+  if (t == 0) {
+    float scale = __fdiv_rn(step * unit, row_scale) *
+                  (p.k_code_scale * fabsf(p.sm_scale) * sm80::kLog2e);
+    if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
+    *reinterpret_cast<float*>(image + Image::kScales + 4 * row) = scale;
   }
 }
 
@@ -247,10 +248,13 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
   const uint32_t high =
       round_up(ptx::smem_address(ptx::dynamic_shared()), static_cast<uint32_t>(Config::kAlign));
   const uint32_t low = Config::kHoldsLow ? high + Config::Matrix::kBytes : 0;
-  const int stride = gridDim.x - 1;
+  const int num_parts = num_images * Config::kParts;
+  const int stride = (gridDim.x - 1) * Config::kGroups;
+  const int own = threadIdx.x / 128;  // the warpgroup's part of those that the CTA takes at once
 
   RawRows<D> raw;
-  bool exists = load_rows<Config>(p, blockIdx.x, num_images, raw);
+  int first = blockIdx.x * Config::kGroups;
+  bool exists = load_rows<Config>(p, first + own, num_parts, raw);
   float unit = 1.f;
   bool any_low = false;
   if (p.q_rotation != nullptr) {
@@ -259,7 +263,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
     ptx::fence_shared_async();            // the matrix is read by the tensor cores
     any_low = __syncthreads_or(has_low);  // the matrix is complete
   }
-  for (int index = blockIdx.x; index < num_images; index += stride) {
+  for (; first < num_parts; first += stride) {
     float c[Config::kRegs], row_scale[2] = {1.f, 1.f};
     if (p.q_rotation == nullptr) {
 #pragma unroll
@@ -294,21 +298,15 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
           }
         }
       }
-      ptx::wgmma_fence();
-      issue_rotation<Config>(raw, high, false, c);
-      if (Config::kHoldsLow && any_low) issue_rotation<Config>(raw, low, true, c);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(c);
+      rotate_rows<Config>(raw, high, false, c);
+      if (Config::kHoldsLow && any_low) rotate_rows<Config>(raw, low, true, c);
       if constexpr (!Config::kHoldsLow) {
         if (any_low) {  // the parts take turns in shared memory
           __syncthreads();  // the high part has been read
           load_rotation<Config>(p.q_rotation, unit, 0, high);
           ptx::fence_shared_async();
           __syncthreads();  // the low part is complete
-          ptx::wgmma_fence();
-          issue_rotation<Config>(raw, high, true, c);
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_hold(c);
+          rotate_rows<Config>(raw, high, true, c);
           __syncthreads();  // the low part has been read
           load_rotation<Config>(p.q_rotation, unit, high, 0);
           ptx::fence_shared_async();
@@ -317,11 +315,10 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
       }
     }
     const bool now = exists;
-    exists = load_rows<Config>(p, index + stride, num_images, raw);
-    if (now) {
-      write_query<Config>(p, unit, row_scale, c,
-                          images + static_cast<int64_t>(index) * QueryImage<D>::kBytes);
-    }
+    // In between, as the next rows then take registers that this one has left.
+    if (now) write_row<Config, 0>(p, unit, row_scale[0], c, first + own, images);
+    exists = load_rows<Config>(p, first + stride + own, num_parts, raw);
+    if (now) write_row<Config, 1>(p, unit, row_scale[1], c, first + own, images);
   }
   // The end of this kernel stands for the end of those before it.
   ptx::wait_for_predecessor();

@@ -12,6 +12,9 @@
 // Queries take the form of K, with kRows rows and a scale a row; the matrix that rotates the output
 // the form of V, one row a rotated dim.
 #pragma once
+#ifndef TQ4_CONSUMERS
+#define TQ4_CONSUMERS 3
+#endif
 #include <cstdint>
 
 #include "common.cuh"
@@ -47,9 +50,16 @@ struct ValueMajorImage {
   }
 };
 
+// Consumer warpgroups of the attention kernel, 64 rows each, and tokens of a tile: what the registers
+// allow.
+constexpr int wgmma_consumers(int head_dim) { return head_dim == 256 ? 2 : TQ4_CONSUMERS; }
+constexpr int wgmma_tile_tokens(int head_dim) {
+  return head_dim == 256 || wgmma_consumers(head_dim) == 3 ? 64 : 128;
+}
+
 template <int D>
-struct WgmmaImage : TileImage<D, D == 256 ? 64 : 128> {
-  static constexpr int kTileTokens = D == 256 ? 64 : 128;
+struct WgmmaImage : TileImage<D, wgmma_tile_tokens(D)> {
+  static constexpr int kTileTokens = wgmma_tile_tokens(D);
   using Key = KeyMajorImage<D, kTileTokens>;
   using Value = ValueMajorImage<D, kTileTokens>;
   static constexpr int kValues = Key::kBytes;
@@ -77,7 +87,7 @@ struct WgmmaImage : TileImage<D, D == 256 ? 64 : 128> {
 // Rotated, quantised queries of one CTA.
 template <int D>
 struct QueryImage {
-  static constexpr int kRows = 128;
+  static constexpr int kRows = 64 * wgmma_consumers(D);
   using Codes = KeyMajorImage<D, kRows>;
   static constexpr int kScales = Codes::kBytes;
   static constexpr int kBytes = kScales + 4 * kRows;

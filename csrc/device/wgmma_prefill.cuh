@@ -49,12 +49,15 @@ struct PrefillConfig {
   static constexpr int D = D_;
   using Image = WgmmaImage<D>;
   using Query = QueryImage<D>;
-  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kConsumers = wgmma_consumers(D);  // warpgroups
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kTile = Image::kTileTokens;
-  static constexpr int kStages = D == 64 ? 6 : D == 256 ? 3 : 4;
+  static constexpr int kStages = D == 256 ? 3 : D == 64 ? 8 : kTile == 64 ? 7 : 4;
+  // A thread of a consumer and of the producer: together what the launch gave to all.
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40;
   static constexpr int kScoreRegs = kTile / 2;  // accumulators of S a lane
   static constexpr int kOutRegs = D / 2;        // of O
   static_assert(kRows == Query::kRows, "one query image a CTA");
@@ -322,6 +325,33 @@ struct ConsumerRings {
   uint32_t query_parity = 0;
 };
 
+// o = a R, tile `kPart` of R's rows and those after it.
+template <typename Config, int kPart>
+__device__ __forceinline__ void rotate_output(const uint32_t (&a)[Config::kOutRegs / 8][4],
+                                              uint32_t smem, RingPosition& value, int lane,
+                                              float (&o)[Config::kOutRegs]) {
+  using Value = typename Config::Image::Value;
+  constexpr int kFirst = kPart * Config::kTile;
+  constexpr int kRows = Config::D - kFirst < Config::kTile ? Config::D - kFirst : Config::kTile;
+  uint32_t part[kRows / 16][4];
+#pragma unroll
+  for (int k = 0; k < kRows / 16; ++k) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) part[k][e] = a[kFirst / 16 + k][e];
+  }
+  ptx::mbarrier_wait(smem + Config::value_full(value.stage), value.parity);
+  ptx::wgmma_fence();
+  issue_values<Value>(part, smem + Config::kValues + value.stage * Value::kBytes, o, kPart > 0);
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_hold(o);
+  __syncwarp();  // every lane is done with the stage: there may be more tiles than stages
+  if (lane == 0) ptx::mbarrier_arrive(smem + Config::value_empty(value.stage));
+  value.advance<Config::kStages>();
+  if constexpr (kPart + 1 < Config::Image::kRotationTiles) {
+    rotate_output<Config, kPart + 1>(a, smem, value, lane, o);
+  }
+}
+
 // One work of the warpgroup's 64 rows.
 template <typename Config>
 __device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& work, uint32_t smem,
@@ -388,7 +418,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& 
     key.advance<Config::kStages>();
     pack_operand(x, weights);
 
-    if (consumer == 1) ptx::named_barrier_arrive(kTurn, 256);
+    if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(kTurn, 256);
     for (--tile; tile >= 0; --tile) {
       ptx::mbarrier_wait(smem + Config::key_full(key.stage), key.parity);
       ptx::named_barrier_sync(kTurn + consumer, 256);
@@ -397,7 +427,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& 
       ptx::mbarrier_wait(smem + Config::value_full(value.stage), value.parity);
       issue_values<typename Image::Value>(
           weights, smem + Config::kValues + value.stage * Image::Value::kBytes, o, true);
-      ptx::named_barrier_arrive(kTurn + 1 - consumer, 256);
+      ptx::named_barrier_arrive(kTurn + (consumer + 1) % Config::kConsumers, 256);
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(acc);
       if (tile == 0) release(smem + Config::query_empty());
@@ -433,24 +463,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& 
     // O / l is bounded by the largest |V'|, an fp16 number: it fits.
     uint32_t a[Config::kOutRegs / 8][4];
     pack_operand(o, a);
-    constexpr int kSteps = (D < Config::kTile ? D : Config::kTile) / 16;
-#pragma unroll
-    for (int i = 0; i < Image::kRotationTiles; ++i) {
-      uint32_t part[kSteps][4];
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) part[k][e] = a[i * kSteps + k][e];
-      }
-      ptx::mbarrier_wait(smem + Config::value_full(value.stage), value.parity);
-      ptx::wgmma_fence();
-      issue_values<typename Image::Value>(
-          part, smem + Config::kValues + value.stage * Image::Value::kBytes, o, i > 0);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(o);
-      release(smem + Config::value_empty(value.stage));  // there may be more tiles than stages
-      value.advance<Config::kStages>();
-    }
+    rotate_output<Config, 0>(a, smem, value, lane, o);
   }
 
   const bool aligned4 =
@@ -507,10 +520,10 @@ __global__ void __launch_bounds__(PrefillConfig<D>::kThreads, 1)
   }
   __syncthreads();  // the barriers are ready
   if (threadIdx.x < 128) {
-    ptx::give_registers<40>();
+    ptx::give_registers<Config::kProducerRegisters>();
     if (threadIdx.x < kWarpSize) produce<Config>(p, w, buffers, pass, smem);
   } else {
-    ptx::take_registers<232>();
+    ptx::take_registers<Config::kConsumerRegisters>();
     consume<Config>(p, smem);
   }
 #endif

@@ -61,7 +61,9 @@ void launch(const AttentionParams& p, Stream stream) {
   // Each kernel starts when the one before leaves room, and waits for all before it at its end (or
   // before it reads what they wrote).
   expand(0, false);
-  const unsigned prepare_grid = std::min(images, static_cast<unsigned>(Prepare::kCtas * p.num_sms));
+  const unsigned prepare_grid =
+      std::min(ceil_div(images * Prepare::kParts, static_cast<unsigned>(Prepare::kGroups)),
+               static_cast<unsigned>(Prepare::kCtas * p.num_sms));
   launch_dependent_kernel(true, prepare_queries_kernel<D>, dim3(prepare_grid + 1),
                           dim3(Prepare::kThreads), Prepare::kSmemBytes, stream, p,
                           workspace + plan.buffers.queries, static_cast<int>(images),
@@ -93,6 +95,10 @@ auto dispatch(int head_dim, Function&& function) {
 }  // namespace
 
 int64_t prefill_workspace_bytes(const AttentionParams& p) {
+  // Rows of q are read by vector loads.
+  if ((reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) | (p.q_head_stride * 2)) % 16) {
+    return 0;
+  }
   return dispatch(p.cache.head_dim, [&](auto d) {
     const Plan plan = make_plan<d>(p);
     return plan.tiles.num_passes > 0 && plan.tiles.num_passes <= kMaxTilePasses ? plan.bytes : 0;
