@@ -59,11 +59,15 @@ __device__ __forceinline__ void write_rotation_image(const float* rotation, uint
 #pragma unroll 4
   for (int i = threadIdx.x; i < D * (D / 8); i += PrepareConfig<D>::kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8);
-    const float4 a = __ldg(reinterpret_cast<const float4*>(rotation + row * D + 8 * chunk));
-    const float4 b = __ldg(reinterpret_cast<const float4*>(rotation + row * D + 8 * chunk + 4));
+    uint32_t words[4];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const float2 v = __ldg(reinterpret_cast<const float2*>(rotation + row * D +
+                                                             Image::rotation_dim(chunk, pair)));
+      words[pair] = ptx::pack_f16x2(v.x, v.y);
+    }
     *reinterpret_cast<uint4*>(image + Image::rotation_offset(row, chunk)) =
-        make_uint4(ptx::pack_f16x2(a.x, a.y), ptx::pack_f16x2(a.z, a.w), ptx::pack_f16x2(b.x, b.y),
-                   ptx::pack_f16x2(b.z, b.w));
+        make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 
@@ -73,7 +77,7 @@ template <typename Config>
 __device__ __forceinline__ bool load_rotation(const float* rotation, float unit, uint32_t high,
                                               uint32_t low) {
   constexpr int D = Config::D, kChunks = D / 8, kTotal = D * kChunks;
-  constexpr int kBatch = 2;
+  constexpr int kBatch = 4;
   static_assert(kTotal % Config::kThreads == 0 || D == 96, "whole rounds");
   bool has_low = false;
 #pragma unroll 1

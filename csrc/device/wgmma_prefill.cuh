@@ -325,6 +325,46 @@ struct ConsumerRings {
   uint32_t query_parity = 0;
 };
 
+// The lane's two rows of the output; t = lane % 4.  Rotated ones have the columns of
+// WgmmaImage::rotation_dim.
+template <typename Config>
+__device__ __forceinline__ void write_rows(const AttentionParams& p, const CtaWork& work, int group,
+                                           int row, int t, const float (&o)[Config::kOutRegs]) {
+  constexpr int D = Config::D;
+  const uint64_t bits = reinterpret_cast<uintptr_t>(p.out) |
+                        static_cast<uint64_t>(p.out_token_stride * 2) |
+                        static_cast<uint64_t>(p.out_head_stride * 2);
+  const bool rotated = p.out_rotation != nullptr;
+  const auto pack = [&](float x, float y) {
+    return p.dtype == DType::kBFloat16 ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int packed = work.first_row + row + 8 * i;
+    if (packed >= work.num_rows) continue;
+    const int token = packed / group;
+    uint16_t* dst = static_cast<uint16_t*>(p.out) + (work.q_begin + token) * p.out_token_stride +
+                    (work.first_head + packed - token * group) * p.out_head_stride;
+    if (rotated && bits % 16 == 0) {
+#pragma unroll
+      for (int b = 0; b < D / 32; ++b) {
+        uint32_t w[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          w[e] = pack(o[4 * (4 * b + e) + 2 * i], o[4 * (4 * b + e) + 2 * i + 1]);
+        }
+        *reinterpret_cast<uint4*>(dst + 32 * b + 8 * t) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      const int dim = rotated ? Config::Image::rotation_dim(j, t) : 8 * j + 2 * t;
+      sm80::store_pair(dst + dim, o[4 * j + 2 * i], o[4 * j + 2 * i + 1], p.dtype, bits % 4 == 0);
+    }
+  }
+}
+
 // o = a R, tile `kPart` of R's rows and those after it.
 template <typename Config, int kPart>
 __device__ __forceinline__ void rotate_output(const uint32_t (&a)[Config::kOutRegs / 8][4],
@@ -466,24 +506,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& 
     rotate_output<Config, 0>(a, smem, value, lane, o);
   }
 
-  const bool aligned4 =
-      (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) | (p.out_head_stride * 2)) %
-          4 ==
-      0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int packed = work.first_row + row + 8 * i;
-    if (packed >= work.num_rows) continue;
-    const int token = packed / group;
-    uint16_t* dst = static_cast<uint16_t*>(p.out) +
-                    (work.q_begin + token) * p.out_token_stride +
-                    (work.first_head + packed - token * group) * p.out_head_stride;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      sm80::store_pair(dst + 8 * j + 2 * (lane % 4), o[4 * j + 2 * i], o[4 * j + 2 * i + 1],
-                       p.dtype, aligned4);
-    }
-  }
+  write_rows<Config>(p, work, group, row, lane % 4, o);
 }
 
 template <typename Config>
