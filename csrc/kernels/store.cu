@@ -18,23 +18,12 @@ void launch_config(const EncodeParams& p, Stream stream) {
   const int rotation_bytes = rotated ? static_cast<int>(sizeof(typename C::Rotation)) : 0;
   constexpr int kStaticBytes = round_up(static_cast<int>(sizeof(EncodeTables)), 128);
   const int room = (device.max_smem_bytes - kStaticBytes - rotation_bytes) / C::kTileBytes;
-  // The threads are a multiple of D / 4 (scan_rotation).
-  constexpr int kWarpStep = C::kHeadDim / 4 > kWarpSize ? C::kHeadDim / 4 / kWarpSize : 1;
-  const int max_warps = std::min(C::kMaxWarps, room) / kWarpStep * kWarpStep;
-  if (max_warps < 2) {
-    throw std::runtime_error("store: this device has too little shared memory a CTA");
-  }
+  // An even number, so that the threads are a multiple of D / 4 (scan_rotation).
+  const int warps = std::min(C::kMaxWarps, room / 2 * 2);
+  if (warps < 2) throw std::runtime_error("store: this device has too little shared memory a CTA");
   const int num_tiles = (p.num_rows - 1) / 16 + 1;
   // One persistent CTA an SM, half of them for each side.
   const int ctas = std::min(std::max(device.num_sms / p.num_sides, 1), num_tiles);
-  // Rather fewer warps than a last round that few of them take part in.
-  const auto rounds_cost = [&](int warps) {
-    return ceil_div<int64_t>(num_tiles, int64_t{ctas} * warps) * warps;
-  };
-  int warps = max_warps;
-  for (int w = max_warps - kWarpStep; w >= max_warps * 3 / 4 && w >= 2; w -= kWarpStep) {
-    if (rounds_cost(w) < rounds_cost(warps)) warps = w;
-  }
   launch_kernel(encode_kernel<C>, static_cast<unsigned>(ctas * p.num_sides), warps * kWarpSize,
                 rotation_bytes + warps * C::kTileBytes, stream, p);
 }
