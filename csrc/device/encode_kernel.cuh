@@ -9,9 +9,10 @@
 //   16 x D                   in shared            x R^T        y n, fp32          16 x D/2 bytes
 //
 // fragment_map.cuh chooses which dim is which fragment element, so that a lane accumulates D/4
-// consecutive dims of two rows, that is D/8 consecutive bytes of codes each: no shuffles.  A tile
-// has one buffer: once the products have consumed it, the next tile is fetched behind the
-// quantiser, which takes most of the time.
+// consecutive dims of two rows, that is D/8 consecutive bytes of codes each: no shuffles.  A warp
+// has two buffers for tiles where shared memory has room: the next tile is fetched while this one is
+// worked on.  With one, it is fetched once the products have consumed this one, behind the
+// quantiser.
 //
 // The rotation is recognised by its entries (rotation_fragments.cuh) and taken one of three ways:
 //   none      block-diagonal identity: the products only move x into place
@@ -103,7 +104,9 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   const int num_tiles = (p.num_rows - 1) / 16 + 1, tile_stride = num_ctas * num_warps;
   const bool any_rotation = p.sides[0].rotation != nullptr || p.sides[1].rotation != nullptr;
   const uint32_t s_tile = ptx::smem_address(s_dynamic) +
-                          (any_rotation ? sizeof(typename C::Rotation) : 0) + warp * C::kTileBytes;
+                          (any_rotation ? sizeof(typename C::Rotation) : 0) +
+                          warp * p.tile_buffers * C::kTileBytes;
+  const bool ahead = p.tile_buffers == 2;
   // CTAs first: a few tiles spread over all SMs, and the last round's over all SMs too.
   int tile_idx = warp * num_ctas + cta;
 
@@ -145,11 +148,23 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   const Quantiser quantiser = make_quantiser(s_tables.boundaries);
 
   const bool keep_together = C::kSlices > 1 && kind == RotationKind::kGeneral;
+  uint32_t s_now = s_tile;
   for (int first_tile = 0; first_tile < num_tiles; first_tile += tile_stride) {
     if (tile_idx >= num_tiles && !keep_together) break;
     tile_idx += tile_stride;
     const RowTarget current = target;
-    ptx::cp_async_wait<0>();
+    const uint32_t s_next = 2 * s_tile + C::kTileBytes - s_now;
+    if (ahead) {
+      if (tile_idx < num_tiles) {
+        load_tile<C>(s_next, target, p, side, tile_idx);
+      } else {
+        target.exists = false;  // a warp that stays only for the others' barriers writes nothing
+        ptx::cp_async_commit();
+      }
+      ptx::cp_async_wait<1>();
+    } else {
+      ptx::cp_async_wait<0>();
+    }
     __syncwarp();  // every lane's part of the tile has arrived
     float norms[2], row_scale[2] = {1.f, 1.f}, decoded[2] = {0.f, 0.f};
 #pragma unroll
@@ -158,16 +173,16 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
       // (up to a constant): there the accumulators give it without converting x to fp32.
       Accumulators<C> acc;
       if (pass == 0 && (Map::kPasses > 1 || kind == RotationKind::kGeneral)) {
-        find_norms_of_input<C>(s_tile, norms);
+        find_norms_of_input<C>(s_now, norms);
       }
       if (kind == RotationKind::kGeneral) {
         row_scale[0] = general_row_scale<C>(norms[0]);
         row_scale[1] = general_row_scale<C>(norms[1]);
-        multiply_general<C>(acc, s_tile, s_rotation, side.rotation, rotation_scale, row_scale,
+        multiply_general<C>(acc, s_now, s_rotation, side.rotation, rotation_scale, row_scale,
                             pass);
       } else {
         const bool hadamard = kind == RotationKind::kHadamard;
-        multiply_groups<C>(acc, s_tile, s_tables.groups, hadamard, pass);
+        multiply_groups<C>(acc, s_now, s_tables.groups, hadamard, pass);
         if (Map::kPasses == 1) {
           // |H_32 x|^2 = 32 |x|^2
           const float unit = hadamard ? 1.f / (32.f * kGroupUnit * kGroupUnit) : 1.f;
@@ -178,7 +193,9 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
       // [4/6] The products have consumed x: fetch the next tile.
       if (pass == Map::kPasses - 1) {
         __syncwarp();  // every lane has read its part of x before it is overwritten
-        if (tile_idx < num_tiles) {
+        if (ahead) {
+          s_now = s_next;
+        } else if (tile_idx < num_tiles) {
           load_tile<C>(s_tile, target, p, side, tile_idx);
         } else {
           target.exists = false;  // a warp that stays only for the others' barriers writes nothing

@@ -38,6 +38,7 @@ struct EncodeParams {
   int32_t num_rows;    // tokens * heads
   int32_t num_sides;   // 2: even CTAs encode K, odd ones V
   int32_t code_width;  // 16, 8 or 4: alignment of a row's codes
+  int32_t tile_buffers = 1;  // tiles of x in shared memory, a warp: 1 or 2
   bool aligned_input;  // rows of x are 16-byte aligned
   bool norm_correction;
 };

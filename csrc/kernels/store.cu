@@ -24,8 +24,10 @@ void launch_config(const EncodeParams& p, Stream stream) {
   const int num_tiles = (p.num_rows - 1) / 16 + 1;
   // One persistent CTA an SM, half of them for each side.
   const int ctas = std::min(std::max(device.num_sms / p.num_sides, 1), num_tiles);
+  EncodeParams params = p;
+  params.tile_buffers = num_tiles > ctas * warps && room >= 2 * warps ? 2 : 1;
   launch_kernel(encode_kernel<C>, static_cast<unsigned>(ctas * p.num_sides), warps * kWarpSize,
-                rotation_bytes + warps * C::kTileBytes, stream, p);
+                rotation_bytes + warps * params.tile_buffers * C::kTileBytes, stream, params);
 }
 
 template <typename T>
