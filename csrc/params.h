@@ -113,8 +113,9 @@ struct AttentionParams {
   int64_t out_token_stride, out_head_stride;  // elements
   DType dtype;
   PageView cache;
-  const int32_t* block_table;  // [B, block_table_stride]
+  const int32_t* block_table;  // [B, max_blocks]
   int64_t block_table_stride;  // elements
+  int32_t max_blocks;          // columns of block_table: the most pages of a sequence
   const int32_t* seq_lens;     // [B] keys, including the tokens of this call
   const int32_t* query_start_loc;  // [B + 1]; null (decode only) = one token a sequence
   const float* q_rotation;    // [D, D] row-major: q_rot = q @ R^T; null = q is rotated already

@@ -1,14 +1,15 @@
-// Host-side facts about a paged cache that the kernels' loaders need.
+// Facts about a paged cache that the kernels' loaders need.
 #pragma once
 #include <cstdint>
 
 #include "../params.h"
+#include "common.cuh"
 
 namespace tq4 {
 
 // Widest copy (16, 8 or 4 bytes) to which every token's codes are aligned.  Token-major rows of one
 // KV head are 136 bytes: 8.
-inline int copy_width(const PageView& view) {
+TQ4_HOST_DEVICE int copy_width(const PageView& view) {
   const uint64_t bits = reinterpret_cast<uintptr_t>(view.base) |
                         static_cast<uint64_t>(view.block_stride) |
                         static_cast<uint64_t>(view.code_token_stride) |

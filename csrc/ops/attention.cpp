@@ -33,6 +33,7 @@ AttentionParams attention_params(const DeviceScope& scope, const AttentionArgume
   const BlockTable table = block_table(scope, a.block_table);
   p.block_table = table.data;
   p.block_table_stride = table.stride;
+  p.max_blocks = table.max_blocks;
   p.num_seqs = table.num_seqs;
   p.seq_lens = index_vector(scope, a.seq_lens, "seq_lens", p.num_seqs);
   if (a.query_start_loc.has_value()) {

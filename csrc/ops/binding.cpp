@@ -196,7 +196,7 @@ BlockTable block_table(const DeviceScope& scope, const Tensor& tensor) {
   check_tensor(scope, tensor, "block_table", ScalarType::Int, 2);
   check_rows(tensor, "block_table");
   return {static_cast<const int32_t*>(data(tensor)), tensor.stride(0),
-          narrow(tensor.size(0), "block_table")};
+          narrow(tensor.size(0), "block_table"), narrow(tensor.size(1), "block_table")};
 }
 
 int32_t narrow(int64_t value, const char* name) {

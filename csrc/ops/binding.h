@@ -78,6 +78,7 @@ struct BlockTable {
   const int32_t* data;
   int64_t stride;
   int32_t num_seqs;
+  int32_t max_blocks;
 };
 // int32 [num_seqs, max_blocks].
 BlockTable block_table(const DeviceScope& scope, const Tensor& tensor);

@@ -235,6 +235,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.cache = view;
   p.block_table = block_table.data();
   p.block_table_stride = max_blocks;
+  p.max_blocks = max_blocks;
   p.seq_lens = c.lengths.data();
   p.query_start_loc = c.queries.empty() ? nullptr : query_start_loc.data();
   p.q_rotation = p.out_rotation = c.rotate ? rotation.data() : nullptr;

@@ -121,6 +121,7 @@ void run(const char* name, const Case& c, uint64_t seed) {
   p.cache = cache.view;
   p.block_table = table.data();
   p.block_table_stride = max_blocks;
+  p.max_blocks = max_blocks;
   p.seq_lens = c.lengths.data();
   p.query_start_loc = starts.data();
   p.q_rotation = q_rotation.data();
