@@ -44,159 +44,158 @@ struct TileImage {
 };
 
 constexpr int kExpandThreads = 256;
-// CTAs an SM: enough loads in flight to hide that a code waits for its entry of the block table.
-constexpr int kExpandCtas = 4;
+// CTAs an SM: enough loads in flight to hide that a code waits for its entry of the block table; a
+// fourth would leave too few registers.
+constexpr int kExpandCtas = 3;
 
 // The tokens of one tile in the cache.
 struct TileSource {
   const int32_t* table;  // the sequence's row of block_table
   int first_key;         // of the tile
-  int num_keys;          // of the sequence
+  int last_key;          // of the sequence
   int kv_head;
-  int block_shift;  // log2(block_size), or -1
-  bool copy8;       // codes are 8-byte aligned
 };
 
+// What of the cache's shape is worked out once a CTA.
+struct PageShape {
+  Divider block_size;
+  bool copy8;  // codes are 8-byte aligned
+};
+
+// A token in the cache.  One that is not there is read as the sequence's last one, so that no load
+// depends on a branch; whoever uses it selects zeros instead.
 struct TokenPlace {
-  const uint8_t* block;  // not to be followed unless `there`
-  int in_block;
+  int entry, in_block;
   bool there;
 };
 
-// Entries of the block table past the last page are garbage: never read, let alone followed.
-__device__ __forceinline__ TokenPlace find_token(const PageView& view, const TileSource& source,
+__device__ __forceinline__ TokenPlace find_token(const PageShape& shape, const TileSource& source,
                                                  int token) {
-  const int key = source.first_key + token;
-  const int entry = source.block_shift >= 0 ? key >> source.block_shift : key / view.block_size;
-  TokenPlace place;
-  place.there = key < source.num_keys;
-  const int block = place.there ? __ldg(source.table + entry) : 0;
-  place.block = view.base + block * view.block_stride;
-  place.in_block = key - entry * view.block_size;
-  return place;
+  const int wanted = source.first_key + token, key = min(wanted, source.last_key);
+  const int entry = static_cast<int>(shape.block_size.quotient(key));
+  return {entry, key - entry * static_cast<int>(shape.block_size.divisor),
+          wanted <= source.last_key};
 }
 
 __device__ __forceinline__ uint32_t load_word(const uint8_t* p) {
   return __ldg(reinterpret_cast<const uint32_t*>(p));
 }
 
-// Calls make(indices of up to kBatch chunks) until the tile's chunks are done: what is loaded for
-// one call is in flight together.
-template <int kTotal, typename Make>
-__device__ __forceinline__ void for_each_batch(Make&& make) {
-  constexpr int kSteps = ceil_div(kTotal, kExpandThreads);
-  constexpr int kBatch = kSteps < 4 ? kSteps : 4;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < kTotal; first += kBatch * kExpandThreads) {
-    int index[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      index[i] = first + i * kExpandThreads;
-      if (kTotal % (kBatch * kExpandThreads) != 0 && index[i] >= kTotal) index[i] = -1;
-    }
-    make(index);
+// Indices of up to four of a tile's chunks: what is loaded for them is in flight together.  Beyond
+// the end the last one is made again.
+template <int kTotal>
+struct ChunkBatches {
+  static constexpr int kSteps = ceil_div(kTotal, kExpandThreads);
+  static constexpr int kBatch = kSteps < 4 ? kSteps : 4;
+  static constexpr int kStride = kBatch * kExpandThreads;
+
+  __device__ __forceinline__ static int index(int first, int i) {
+    const int chunk = first + i * kExpandThreads;
+    return kTotal % kStride == 0 ? chunk : min(chunk, kTotal - 1);
   }
-}
+};
 
 template <typename Image>
-__device__ __forceinline__ void expand_keys(const PageView& view, const TileSource& source,
-                                            const ByteTable& codes, uint8_t* image) {
-  const auto make = [&](auto& index) {
-    constexpr int kBatch = sizeof(index) / sizeof(index[0]);
-    uint32_t words[kBatch][2];
-    bool there[kBatch];
+__device__ __forceinline__ void expand_keys(const PageView& view, const PageShape& shape,
+                                            const TileSource& source, const ByteTable& codes,
+                                            uint8_t* image) {
+  using Batches = ChunkBatches<Image::kTileTokens * Image::kKeyChunks>;
+  constexpr int kBatch = Batches::kBatch;
+  constexpr bool kWholeChunks = Image::kKeyChunks * 16 == Image::kHeadDim;
+  const int head_offset = view.k_codes + source.kv_head * view.code_head_stride;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < Image::kTileTokens * Image::kKeyChunks;
+       first += Batches::kStride) {
+    TokenPlace place[kBatch];
+    int block[kBatch];
+    uint2 words[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      words[i][0] = words[i][1] = 0;
-      there[i] = false;
-      if (index[i] < 0) continue;
-      const int token = index[i] / Image::kKeyChunks, chunk = index[i] % Image::kKeyChunks;
-      const TokenPlace place = find_token(view, source, token);
-      there[i] = place.there;
-      const uint8_t* src = place.block +
-                           (view.k_codes + source.kv_head * view.code_head_stride +
-                            place.in_block * view.code_token_stride) +
-                           Image::key_dim(chunk) / 2;
-      constexpr bool kAligned8 = Image::kKeyChunks * 16 == Image::kHeadDim;
-      if (!place.there) continue;
-      if (kAligned8 && source.copy8) {
-        const uint2 both = __ldg(reinterpret_cast<const uint2*>(src));
-        words[i][0] = both.x, words[i][1] = both.y;
+      place[i] = find_token(shape, source, Batches::index(first, i) / Image::kKeyChunks);
+      block[i] = __ldg(source.table + place[i].entry);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int chunk = Batches::index(first, i) % Image::kKeyChunks;
+      const uint8_t* src =
+          view.base + block[i] * view.block_stride +
+          (head_offset + place[i].in_block * view.code_token_stride + Image::key_dim(chunk) / 2);
+      if (kWholeChunks && shape.copy8) {
+        words[i] = __ldg(reinterpret_cast<const uint2*>(src));
       } else {
-        words[i][0] = load_word(src);
-        if (Image::key_dims(chunk) == 16) words[i][1] = load_word(src + 4);
+        words[i] = make_uint2(load_word(src), load_word(src + (Image::key_dims(chunk) - 8) / 2));
       }
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (index[i] < 0) continue;
-      const int token = index[i] / Image::kKeyChunks, chunk = index[i] % Image::kKeyChunks;
+      const int index = Batches::index(first, i);
+      const int token = index / Image::kKeyChunks, chunk = index % Image::kKeyChunks;
       uint4 x;
-      unpack_int8(words[i][0], codes, x.x, x.y);
-      unpack_int8(words[i][1], codes, x.z, x.w);
+      unpack_int8(words[i].x, codes, x.x, x.y);
+      unpack_int8(words[i].y, codes, x.z, x.w);
       if (Image::key_dims(chunk) == 8) x.z = x.w = 0;
-      if (!there[i]) x = make_uint4(0, 0, 0, 0);
+      if (!place[i].there) x = make_uint4(0, 0, 0, 0);
       *reinterpret_cast<uint4*>(image + Image::key_offset(token, chunk)) = x;
     }
-  };
-  for_each_batch<Image::kTileTokens * Image::kKeyChunks>(make);
+  }
 }
 
 template <typename Image>
-__device__ __forceinline__ void expand_values(const PageView& view, const TileSource& source,
-                                              const ByteTable& high, const ByteTable& low,
-                                              float v_unit, uint8_t* image) {
+__device__ __forceinline__ void expand_values(const PageView& view, const PageShape& shape,
+                                              const TileSource& source, const ByteTable& high,
+                                              const ByteTable& low, float v_unit, uint8_t* image) {
   constexpr int kChunks = Image::kHeadDim / 8;
-  const auto make = [&](auto& index) {
-    constexpr int kBatch = sizeof(index) / sizeof(index[0]);
+  using Batches = ChunkBatches<Image::kTileTokens * kChunks>;
+  constexpr int kBatch = Batches::kBatch;
+  const int code_offset = view.v_codes + source.kv_head * view.code_head_stride;
+  const int norm_offset = view.v_norms + source.kv_head * view.norm_head_stride;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < Image::kTileTokens * kChunks; first += Batches::kStride) {
+    TokenPlace place[kBatch];
+    int block[kBatch];
     uint32_t words[kBatch];
     float norms[kBatch];
-    bool there[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      words[i] = 0;
-      norms[i] = 0.f;
-      there[i] = false;
-      if (index[i] < 0) continue;
-      const int token = index[i] / kChunks, chunk = index[i] % kChunks;
-      const TokenPlace place = find_token(view, source, token);
-      there[i] = place.there;
-      if (!place.there) continue;
-      words[i] = load_word(place.block + (view.v_codes + source.kv_head * view.code_head_stride +
-                                          place.in_block * view.code_token_stride + 4 * chunk));
-      norms[i] = __uint_as_float(
-          load_word(place.block + (view.v_norms + source.kv_head * view.norm_head_stride +
-                                   place.in_block * view.norm_token_stride)));
+      place[i] = find_token(shape, source, Batches::index(first, i) / kChunks);
+      block[i] = __ldg(source.table + place[i].entry);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (index[i] < 0) continue;
-      const int token = index[i] / kChunks, chunk = index[i] % kChunks;
+      const int chunk = Batches::index(first, i) % kChunks;
+      const uint8_t* page = view.base + block[i] * view.block_stride;
+      words[i] =
+          load_word(page + (code_offset + place[i].in_block * view.code_token_stride + 4 * chunk));
+      norms[i] = __uint_as_float(
+          load_word(page + (norm_offset + place[i].in_block * view.norm_token_stride)));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int index = Batches::index(first, i);
       const float norm = norms[i] * v_unit;
       const uint32_t norm2 = ptx::pack_f16x2(norm, norm);
       uint32_t x[4];
       unpack_fp16(words[i], high, low, x);
       uint4 y = make_uint4(ptx::mul_f16x2(x[0], norm2), ptx::mul_f16x2(x[1], norm2),
                            ptx::mul_f16x2(x[2], norm2), ptx::mul_f16x2(x[3], norm2));
-      if (!there[i]) y = make_uint4(0, 0, 0, 0);
-      *reinterpret_cast<uint4*>(image + Image::value_offset(token, chunk)) = y;
+      if (!place[i].there) y = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(image + Image::value_offset(index / kChunks, index % kChunks)) = y;
     }
-  };
-  for_each_batch<Image::kTileTokens * kChunks>(make);
+  }
 }
 
 template <typename Image>
-__device__ __forceinline__ void expand_scales(const PageView& view, const TileSource& source,
-                                              uint8_t* image) {
+__device__ __forceinline__ void expand_scales(const PageView& view, const PageShape& shape,
+                                              const TileSource& source, uint8_t* image) {
+  const int norm_offset = view.k_norms + source.kv_head * view.norm_head_stride;
+#pragma unroll 1
   for (int token = threadIdx.x; token < Image::kTileTokens; token += kExpandThreads) {
-    const TokenPlace place = find_token(view, source, token);
-    float norm = 0.f;
-    if (place.there) {
-      norm = __uint_as_float(
-          load_word(place.block + (view.k_norms + source.kv_head * view.norm_head_stride +
-                                   place.in_block * view.norm_token_stride)));
-    }
-    Image::write_scale(image, token, norm);
+    const TokenPlace place = find_token(shape, source, token);
+    const int block = __ldg(source.table + place.entry);
+    const float norm =
+        __uint_as_float(load_word(view.base + block * view.block_stride +
+                                  (norm_offset + place.in_block * view.norm_token_stride)));
+    Image::write_scale(image, token, place.there ? norm : 0.f);
   }
 }
 
@@ -250,9 +249,7 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
   }
   const PageView& view = p.cache;
   const int heads = view.num_kv_heads;
-  const uint32_t block_size = static_cast<uint32_t>(view.block_size);
-  const int block_shift = (block_size & (block_size - 1)) == 0 ? __popc(block_size - 1) : -1;
-  const bool copy8 = copy_width(view) >= 8;
+  const PageShape shape{Divider::make(view.block_size), copy_width(view) >= 8};
 
   const int64_t pass_begin = pass * w.pass_tiles, pass_end = pass_begin + w.capacity;
   int64_t tile_index = pass_begin + blockIdx.x;  // among the tiles of all passes
@@ -286,16 +283,15 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
       if (place.pass != pass || place.first_tile + tile >= w.capacity) continue;
       const int seq = first_seq + lo;
       source.table = p.block_table + seq * p.block_table_stride;
-      source.num_keys = p.seq_lens[seq];
+      const int num_keys = p.seq_lens[seq];
+      source.last_key = num_keys - 1;
       const int q_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
-      source.first_key = unit_keys(source.num_keys, q_len, p.window_left, w.tile_tokens).begin +
+      source.first_key = unit_keys(num_keys, q_len, p.window_left, w.tile_tokens).begin +
                          tile * Image::kTileTokens;
-      source.block_shift = block_shift;
-      source.copy8 = copy8;
       uint8_t* image = w.tiles + (place.first_tile + tile) * static_cast<int64_t>(Image::kBytes);
-      expand_keys<Image>(view, source, tables.k_codes, image);
-      expand_values<Image>(view, source, tables.v_high, tables.v_low, tables.v_unit, image);
-      expand_scales<Image>(view, source, image);
+      expand_keys<Image>(view, shape, source, tables.k_codes, image);
+      expand_values<Image>(view, shape, source, tables.v_high, tables.v_low, tables.v_unit, image);
+      expand_scales<Image>(view, shape, source, image);
     }
     tiles_before += tiles_here;
   }
