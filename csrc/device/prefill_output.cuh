@@ -34,7 +34,8 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
   const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
-  const uint32_t panel_smem = smem + Config::kBuffers;
+  // Opaque: not to be kept in a register from here to the other rotation.
+  const uint32_t panel_smem = ptx::opaque(smem + Config::kPanel);
   using Panel = RotationPanel<D>;
   const int lane = threadIdx.x % 32, t = threadIdx.x % 4;
   const bool aligned4 =
@@ -43,9 +44,7 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
       0;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    float l = state.l[i];
-    l += __shfl_xor_sync(0xffffffffu, l, 1);
-    l += __shfl_xor_sync(0xffffffffu, l, 2);
+    float l = row_sum<Config>(state, i);
     const float own_m = load_row_state<Config>(row_state_address<Config>(smem), i).m;
     float factor = 1.f, m = own_m;
     if (rows.valid(i)) {

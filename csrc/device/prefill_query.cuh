@@ -89,7 +89,8 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
   const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
-  const uint32_t panel_smem = smem + Config::kBuffers;
+  // Opaque: not to be kept in a register from here to the other rotation.
+  const uint32_t panel_smem = ptx::opaque(smem + Config::kPanel);
   using Panel = RotationPanel<D>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const auto* base = static_cast<const uint16_t*>(p.q);
