@@ -20,6 +20,13 @@ enum class Path : int32_t {
   kPortable = 1,  // the sm_80 kernels whatever the device (tests and tuning on newer parts)
 };
 
+// Where prefill unpacks K and V.  Kernels that do it ahead write every tile once to the workspace.
+enum class Unpack : int32_t {
+  kAuto = 0,      // ahead where there are query rows enough to pay for it
+  kInKernel = 1,  // in the attention kernel
+  kAhead = 2,     // ahead wherever it is possible
+};
+
 // Where the four fields of (block, token, kv head) lie.  All strides and offsets are bytes.
 //   K codes  base + block*block_stride + k_codes + token*code_token_stride + head*code_head_stride
 //   K norm   base + block*block_stride + k_norms + token*norm_token_stride + head*norm_head_stride
@@ -134,7 +141,8 @@ struct AttentionParams {
   int32_t num_sms;            // of the current device
   int32_t arch;               // major * 10 + minor of the current device
   Path path;
-  void* workspace;            // decode only: decode_workspace_bytes() bytes, 16-byte aligned
+  Unpack unpack;              // prefill only
+  void* workspace;            // {decode,prefill}_workspace_bytes() bytes, 128-byte aligned
 };
 
 }  // namespace tq4

@@ -128,6 +128,18 @@ struct QueryRow {
   float scale;        // bf16 only
 };
 
+// Largest magnitude of 8 packed values.
+__device__ __forceinline__ float largest_of8(const uint4& raw, DType dtype) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 v = unpack_pair(words[i], dtype);
+    largest = fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y)));
+  }
+  return largest;
+}
+
 template <int D>
 __device__ __forceinline__ void find_row_scale(QueryRow& row, DType dtype, bool aligned16) {
   row.scale = 1.f;
@@ -137,33 +149,33 @@ __device__ __forceinline__ void find_row_scale(QueryRow& row, DType dtype, bool 
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int kb = 0; kb < D / 32; ++kb) {
-      const uint4 raw = load_raw8(row.p + 32 * kb + 8 * t, aligned16);
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 v = unpack_pair(words[i], DType::kBFloat16);
-        largest = fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y)));
-      }
+      largest = fmaxf(largest, largest_of8(load_raw8(row.p + 32 * kb + 8 * t, aligned16), dtype));
     }
   }
   row.scale = fp16_row_scale(quad_max_nan(largest));
 }
 
-// Chunk kb of the row as 4 packed fp16 words.
-__device__ __forceinline__ void load_row_fp16(const QueryRow& row, int offset, DType dtype,
-                                              bool aligned16, uint32_t (&out)[4]) {
-  uint4 raw = make_uint4(0, 0, 0, 0);
-  if (row.p != nullptr) raw = load_raw8(row.p + offset, aligned16);
+// 8 packed values as 4 words of fp16; bf16 ones times `scale`.
+__device__ __forceinline__ void to_fp16(const uint4& raw, float scale, DType dtype,
+                                        uint32_t (&out)[4]) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (dtype == DType::kBFloat16) {
       const float2 v = unpack_pair(words[i], dtype);
-      out[i] = ptx::pack_f16x2(v.x * row.scale, v.y * row.scale);
+      out[i] = ptx::pack_f16x2(v.x * scale, v.y * scale);
     } else {
       out[i] = words[i];
     }
   }
+}
+
+// Dims `offset` .. + 7 of the row as 4 packed fp16 words.
+__device__ __forceinline__ void load_row_fp16(const QueryRow& row, int offset, DType dtype,
+                                              bool aligned16, uint32_t (&out)[4]) {
+  uint4 raw = make_uint4(0, 0, 0, 0);
+  if (row.p != nullptr) raw = load_raw8(row.p + offset, aligned16);
+  to_fp16(raw, row.scale, dtype, out);
 }
 
 }  // namespace tq4

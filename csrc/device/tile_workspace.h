@@ -19,6 +19,11 @@
 
 namespace tq4 {
 
+// Bound of the workspace that prefill asks for beside its queries, and of the passes that it makes
+// of a call whose keys may not fit.
+constexpr int64_t kTileWorkspaceLimit = int64_t{256} << 20;
+constexpr int kMaxTilePasses = 16;
+
 struct TileWorkspace {
   uint8_t* tiles;      // images of `tile_bytes` each
   int64_t tile_bytes;  // a multiple of 128

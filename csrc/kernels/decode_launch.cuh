@@ -8,18 +8,6 @@
 
 namespace tq4 {
 
-// Launches a kernel that, if `overlapped`, may start before its predecessor on the stream has ended
-// (it says itself where it waits).
-template <typename... KernelArgs, typename... Args>
-void launch_dependent_kernel(bool overlapped, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
-                             size_t smem_bytes, Stream stream, const Args&... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  launch_kernel_with(&attribute, overlapped ? 1 : 0, kernel, grid, block, smem_bytes, stream,
-                     args...);
-}
-
 // make_decode_plan has refused every other head dimension.
 template <typename Function>
 void dispatch_head_dim(int head_dim, Function&& function) {

@@ -1,11 +1,48 @@
 #include "prefill.h"
 
 #include "sm80_prefill.h"
+#include "sm90_prefill.h"
 
 namespace tq4 {
+namespace {
+
+// Query rows of a KV head that pay for writing its keys out unpacked (docs/tuning.md).
+constexpr int64_t kMinRowsUnpackedAhead = 512;
+
+// Whether the wgmma kernel is compiled in and wanted; it always unpacks ahead.
+bool takes_wgmma([[maybe_unused]] const AttentionParams& p) {
+#ifdef TQ4_HAS_SM90A
+  return p.arch == 90 && p.path == Path::kAuto;
+#else
+  return false;
+#endif
+}
+
+// Bytes of workspace with which the keys are unpacked ahead; 0: in the kernel.
+int64_t unpacked_bytes(const AttentionParams& p) {
+  if (!p.int8 || p.unpack == Unpack::kInKernel) return 0;
+  const int64_t group = p.num_q_heads / p.cache.num_kv_heads;
+  if (p.unpack == Unpack::kAuto && p.max_query_len * group < kMinRowsUnpackedAhead) return 0;
+#ifdef TQ4_HAS_SM90A
+  if (takes_wgmma(p)) return sm90::prefill_workspace_bytes(p);
+#endif
+  return sm80::prefill_tiles_workspace_bytes(p);
+}
+
+}  // namespace
+
+int64_t prefill_workspace_bytes(const AttentionParams& p) {
+  return p.num_seqs == 0 || p.num_tokens == 0 ? 0 : unpacked_bytes(p);
+}
 
 void launch_prefill(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
+  if (unpacked_bytes(p) > 0) {
+#ifdef TQ4_HAS_SM90A
+    if (takes_wgmma(p)) return sm90::launch_prefill(p, stream);
+#endif
+    return sm80::launch_prefill_tiles(p, stream);
+  }
   if (p.int8) {
     sm80::launch_prefill_int8(p, stream);
   } else {

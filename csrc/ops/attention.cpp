@@ -75,11 +75,12 @@ AttentionParams attention_params(const DeviceScope& scope, const AttentionArgume
   p.window_left = window(a.window_left);
   p.window_right = a.causal ? 0 : window(a.window_right);
   p.int8 = a.int8;
-  if (a.path != static_cast<int64_t>(Path::kAuto) &&
-      a.path != static_cast<int64_t>(Path::kPortable)) {
-    fail("path", "0 (automatic) or 1 (portable kernels)", std::to_string(a.path));
+  if (a.path < 0 || a.path > 5) {
+    fail("path", "0 or 1 (portable kernels), and 2 (unpack in the kernel) or 4 (unpack ahead)",
+         std::to_string(a.path));
   }
-  p.path = static_cast<Path>(a.path);
+  p.path = static_cast<Path>(a.path % 2);
+  p.unpack = static_cast<Unpack>(a.path / 2);
   const DeviceProperties device = device_properties();
   p.num_sms = device.num_sms;
   p.arch = device.arch;

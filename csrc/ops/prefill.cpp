@@ -39,7 +39,15 @@ void prefill(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                                                max_query_len,
                                                int8,
                                                path});
-  if (p.num_tokens > 0) launch_prefill(p, scope.stream());
+  if (p.num_tokens == 0) return;
+  // From torch's allocator: freed in stream order, and part of the graph's pool during a capture.
+  OptionalTensor workspace;
+  const int64_t bytes = prefill_workspace_bytes(p);
+  if (bytes > 0) {
+    workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+    p.workspace = mutable_data(*workspace);
+  }
+  launch_prefill(p, scope.stream());
 }
 
 }  // namespace

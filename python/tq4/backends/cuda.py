@@ -7,6 +7,7 @@ is remembered as a reason, never raised on import.
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,20 @@ def decompress(
     _copy_back(out, fast_out)
 
 
+#: Where prefill unpacks K and V, by TQ4_PREFILL_UNPACK: a choice for tests and tuning.
+_UNPACK = {"auto": 0, "in_kernel": 2, "ahead": 4}
+
+
+def _unpack() -> int:
+    name = os.environ.get("TQ4_PREFILL_UNPACK", "auto")
+    if name not in _UNPACK:
+        raise ValueError(f"TQ4_PREFILL_UNPACK: expected {', '.join(_UNPACK)}, got {name!r}")
+    return _UNPACK[name]
+
+
 def prefill(**arguments: Any) -> None:
     """torch.ops.tq4.prefill by the extension; ``path=1`` restricts it to the portable kernels."""
+    arguments["path"] = arguments.get("path", 0) + _unpack()
     _attend(torch.ops.tq4_cuda.prefill.default, arguments)
 
 
