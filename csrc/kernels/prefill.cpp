@@ -9,14 +9,10 @@ namespace {
 // Query rows of a KV head that pay for writing its keys out unpacked (docs/tuning.md).
 constexpr int64_t kMinRowsUnpackedAhead = 512;
 
-// Whether the wgmma kernel is compiled in and wanted; it always unpacks ahead.
-bool takes_wgmma([[maybe_unused]] const AttentionParams& p) {
 #ifdef TQ4_HAS_SM90A
-  return p.arch == 90 && p.path == Path::kAuto;
-#else
-  return false;
+// It always unpacks ahead.
+bool takes_wgmma(const AttentionParams& p) { return p.arch == 90 && p.path == Path::kAuto; }
 #endif
-}
 
 // Bytes of workspace with which the keys are unpacked ahead; 0: in the kernel.
 int64_t unpacked_bytes(const AttentionParams& p) {

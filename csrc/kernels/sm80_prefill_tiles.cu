@@ -49,6 +49,10 @@ int64_t prefill_tiles_workspace_bytes(const AttentionParams& p) {
 }
 
 void launch_prefill_tiles(const AttentionParams& p, Stream stream) {
+  if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
+    throw std::invalid_argument(
+        "workspace: expected prefill_workspace_bytes() bytes, 16-byte aligned");
+  }
   const bool overlapped = waits_for_predecessors(p.arch);
   dispatch_prefill_head_dim(p.cache.head_dim, [&](auto d) {
     using Config = TilesConfig<d>;
