@@ -84,7 +84,8 @@ void launch_kernel_with(const cudaLaunchAttribute* attributes, unsigned num_attr
                         Stream stream, const Args&... args) {
   static_assert(sizeof...(KernelArgs) == sizeof...(Args), "one argument per kernel parameter");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  constexpr size_t kDefaultSmemBytes = 48 * 1024;
+  // The default is 48 KB, static shared memory included.
+  constexpr size_t kDefaultSmemBytes = 32 * 1024;
   if (smem_bytes > kDefaultSmemBytes) {
     // Per device and function; cheap enough (a driver-side table) to repeat at every launch, which
     // is simpler than remembering for which devices it was done.

@@ -59,6 +59,7 @@ struct PrefillConfig {
   static constexpr int kParts = kTile / kPartTokens;
   static constexpr int kBufferBytes = kParts * kPartBytes;
   static constexpr int kTables = 0;                                       // CodebookTables
+  static constexpr int kRingBarriers = kTables;                           // with kTiles
   static constexpr int kInfo = 96;                                        // TileInfo
   static constexpr int kPageInfo = 128;                                   // PageInfo or ImageInfo
   static constexpr int kWarpKeys = 160;                                   // WarpKeys [kWarps]
@@ -68,7 +69,9 @@ struct PrefillConfig {
   static constexpr int kPages = kSlots + 16 * kThreads;                   // int [kPageSlots][kTile]
   static constexpr int kPageSlots = kStages + 1;
   static constexpr int kRaw = kPages + 4 * kPageSlots * kTile;
-  static constexpr int kBuffers = round_up(kTiles ? kSlots : kRaw + kStages * kRawBytes, kAlign);
+  static constexpr int kLaneOffsets = kSlots;  // uint32_t [kThreads], with kTiles
+  static constexpr int kBuffers =
+      round_up(kTiles ? kLaneOffsets + 4 * kThreads : kRaw + kStages * kRawBytes, kAlign);
   static constexpr int kNumBuffers = kTiles ? kStages : 2;
   // A panel of the rotation matrix takes the tiles' place before and after the main loop; images
   // leave room to load the first two of them before q has been rotated.
@@ -126,6 +129,15 @@ struct WarpKeys {
   }
 };
 
+// The keys of this thread's warp: read where needed, like TileInfo.
+template <typename Config>
+__device__ __forceinline__ WarpKeys warp_keys(uint32_t smem) {
+  const uint4 words =
+      ptx::ld_shared_v4(smem + Config::kWarpKeys + 16 * (ptx::thread_idx_volatile() / 32));
+  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z),
+          static_cast<int>(words.w)};
+}
+
 // The rows a lane sees: index 2 mt + i is row 16 mt + 8 i + lane / 4 of the warp.
 template <typename Config>
 struct LaneRows {
@@ -158,7 +170,8 @@ __device__ __forceinline__ LaneRows<Config> lane_rows(uint32_t smem) {
   const int row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
   return {tile_info<Config>(smem, offsetof(TileInfo, first_row)) + row,
           tile_info<Config>(smem, offsetof(TileInfo, num_rows)),
-          tile_info<Config>(smem, offsetof(TileInfo, group)), smem + Config::kRowTokens + 4 * row};
+          tile_info<Config>(smem, offsetof(TileInfo, group)),
+          ptx::opaque(smem) + Config::kRowTokens + 4 * row};
 }
 
 }  // namespace tq4::sm80

@@ -54,15 +54,6 @@ __device__ __forceinline__ CtaWork find_cta_work(const AttentionParams& p) {
   return work;
 }
 
-// The keys of this thread's warp.
-template <typename Config>
-__device__ __forceinline__ WarpKeys warp_keys(uint32_t smem) {
-  const uint4 words =
-      ptx::ld_shared_v4(smem + Config::kWarpKeys + 16 * (ptx::thread_idx_volatile() / 32));
-  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z),
-          static_cast<int>(words.w)};
-}
-
 // TileInfo, row tokens and WarpKeys; visible to the CTA after its next barrier.
 template <typename Config>
 __device__ __forceinline__ void write_cta_info(const AttentionParams& p, const CtaWork& work,

@@ -1,6 +1,7 @@
-// Queries of the sm_90a prefill kernel: rotated, scaled and quantised once, left in the workspace as
-// images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The last CTA leaves
-// the matrix of the output rotation there too, and resets the counters of the attention kernel.
+// Queries of the sm_90a prefill kernel: rotated, scaled and quantised once, left in the workspace
+// as images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The last CTA
+// leaves the matrix of the output rotation there too, and resets the counters of the attention
+// kernel.
 //
 // A fixed grid; a CTA keeps the rotation matrix in shared memory, high parts and (unless they are
 // all zero, as for Hadamard matrices) low parts, and takes images of 128 rows in turn.  The rows of
@@ -59,8 +60,8 @@ __device__ __forceinline__ void write_rotation_image(const float* rotation, uint
   }
 }
 
-// Both parts of R / unit to shared memory, panel after panel; the low ones only where there is room.
-// Returns whether this thread's entries have a low part.
+// Both parts of R / unit to shared memory, panel after panel; the low ones only where there is
+// room. Returns whether this thread's entries have a low part.
 template <typename Config>
 __device__ __forceinline__ bool load_rotation(uint32_t smem, const float* rotation, float unit) {
   using Panel = typename Config::Panel;
@@ -86,8 +87,8 @@ __device__ __forceinline__ bool load_rotation(uint32_t smem, const float* rotati
       const int index = first + i * Config::kThreads;
       if (!kWhole && index >= kTotal) break;
       const int panel = index / (Panel::kRows * kChunks), local = index % (Panel::kRows * kChunks);
-      const uint32_t at = smem + panel * Panel::kBytes +
-                          HalfTile<D>::offset(local / kChunks, local % kChunks);
+      const uint32_t at =
+          smem + panel * Panel::kBytes + HalfTile<D>::offset(local / kChunks, local % kChunks);
       const float x[8] = {v[i][0].x, v[i][0].y, v[i][0].z, v[i][0].w,
                           v[i][1].x, v[i][1].y, v[i][1].z, v[i][1].w};
       uint32_t high[4], low[4];
@@ -124,8 +125,8 @@ __device__ __forceinline__ void write_query_image(const AttentionParams& p,
 #pragma unroll
       for (int s = 0; s < D / 32; s += 2) {
         const int dim = t * (D / 4) + 8 * s;  // query_dim: a lane has a quarter of the dims
-        *reinterpret_cast<uint4*>(image + Image::Codes::offset(row, dim / 16)) = make_uint4(
-            q.a[0][s][i], q.a[0][s][2 + i], q.a[0][s + 1][i], q.a[0][s + 1][2 + i]);
+        *reinterpret_cast<uint4*>(image + Image::Codes::offset(row, dim / 16)) =
+            make_uint4(q.a[0][s][i], q.a[0][s][2 + i], q.a[0][s + 1][i], q.a[0][s + 1][2 + i]);
       }
     } else {
 #pragma unroll
@@ -210,7 +211,7 @@ __device__ __forceinline__ void rotate_rows(const AttentionParams& p, uint32_t r
       row[i].scale = fp16_row_scale(quad_max_nan(largest));
     }
   }
-  const auto load = [&](int i, int kb, uint32_t(&a)[4]) {
+  const auto load = [&](int i, int kb, uint32_t (&a)[4]) {
     to_fp16(chunk(i, 4 * kb + t), row[i].scale, p.dtype, a);
   };
 #pragma unroll

@@ -44,10 +44,11 @@ struct SoftmaxState {
 template <typename Config>
 __device__ __forceinline__ float row_sum(SoftmaxState<Config>& state, int i) {
   float l = state.row(i);
-  if constexpr (!Config::kSumByMma) {
-    l += __shfl_xor_sync(0xffffffffu, l, 1);
-    l += __shfl_xor_sync(0xffffffffu, l, 2);
-  }
+  // With kSumByMma the four lanes have the same sum; the shuffle keeps the compiler from computing
+  // both halves of the output at once, which spills.
+  if constexpr (Config::kSumByMma) return __shfl_xor_sync(0xffffffffu, l, 1);
+  l += __shfl_xor_sync(0xffffffffu, l, 1);
+  l += __shfl_xor_sync(0xffffffffu, l, 2);
   return l;
 }
 
@@ -71,10 +72,20 @@ using Scores = float[Config::kMTiles][Config::kColumns][4];
 
 // Offsets of a lane's first K fragment (low half) and V fragment (high half) in a step.
 template <typename Config>
-__device__ __forceinline__ uint32_t lane_offsets() {
+__device__ __forceinline__ uint32_t make_lane_offsets() {
   const unsigned lane = ptx::thread_idx_volatile() % 32;
   return Config::Key::offset(lane / 4, lane % 4, 0) | Config::Value::offset(lane % 16, lane / 16)
                                                           << 16;
+}
+
+// The same, from a table where the configuration has one: fewer instructions, and no register.
+template <typename Config>
+__device__ __forceinline__ uint32_t lane_offsets(uint32_t smem) {
+  if constexpr (Config::kTiles) {
+    return ptx::ld_shared_volatile(smem + Config::kLaneOffsets + 4 * ptx::thread_idx_volatile());
+  } else {
+    return make_lane_offsets<Config>();
+  }
 }
 
 // Where a lane finds the operands of Q K^T of one step.
@@ -321,13 +332,14 @@ __device__ __forceinline__ void compute_pv(uint32_t value, const Probabilities<C
 // starts at shared address `part`.
 template <typename Config>
 __device__ __forceinline__ void attend_step(const AttentionParams& p, uint32_t smem, uint32_t part,
-                                            int inner, uint32_t offsets, int first_key,
-                                            const WarpKeys& keys, const QueryFragments<Config>& q,
+                                            int inner, int first_key,
+                                            const QueryFragments<Config>& q,
                                             SoftmaxState<Config>& state,
                                             float (&o)[Config::kMTiles][Config::D / 8][4]) {
   Scores<Config> s;
-  compute_qk<Config>(key_addresses<Config>(part, inner, offsets), q, s);
+  compute_qk<Config>(key_addresses<Config>(part, inner, lane_offsets<Config>(smem)), q, s);
   if (p.softcap > 0.f) apply_softcap<Config>(p.softcap, smem, s);
+  const WarpKeys keys = warp_keys<Config>(smem);
   if (first_key < keys.full_begin || first_key + Config::kInner > keys.full_end) {
     apply_mask<Config>(first_key, smem, p.window_left, p.window_right, s);
   }
@@ -335,7 +347,7 @@ __device__ __forceinline__ void attend_step(const AttentionParams& p, uint32_t s
   move_maxima<Config>(smem, s, rows, state, o);
   Probabilities<Config> a;
   exponentiate<Config>(rows, s, state, a);
-  compute_pv<Config>(value_address<Config>(part, inner, offsets), a, state, o);
+  compute_pv<Config>(value_address<Config>(part, inner, lane_offsets<Config>(smem)), a, state, o);
 }
 
 }  // namespace tq4::sm80

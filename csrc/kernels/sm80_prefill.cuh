@@ -117,12 +117,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll 1
     for (int inner = 0; inner < Config::kTile / Config::kInner; ++inner) {
       // Opaque: what is derived from it is recomputed, not carried through the loop.
-      const uint32_t buffer = ptx::opaque(smem + Config::kBuffers + i % 2 * Config::kBufferBytes);
-      const int first_key = key_begin_of(i) + inner * Config::kInner;
-      const WarpKeys keys = warp_keys<Config>(smem);
-      if (!keys.sees(first_key, Config::kInner)) continue;
-      attend_step<Config>(p, smem, buffer, inner, lane_offsets<Config>(), first_key, keys, q, state,
-                          o);
+      const int tile = static_cast<int>(ptx::opaque(i));
+      const uint32_t buffer = smem + Config::kBuffers + tile % 2 * Config::kBufferBytes;
+      const int first_key = key_begin_of(tile) + inner * Config::kInner;
+      if (!warp_keys<Config>(smem).sees(first_key, Config::kInner)) continue;
+      attend_step<Config>(p, smem, buffer, inner, first_key, q, state, o);
     }
     if (!unpacks_first() && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
   }

@@ -5,8 +5,8 @@
 //
 //   workspace --cp.async--> ring of 3 images;  K --LDS.128--> and V --LDSM.T--> B fragments
 //
-// One barrier a tile: that of tile i orders its copy, by all threads, before its use, and the use
-// of tile i - 1 before the copy of tile i + 2 into its place, which starts there.
+// Copies run up to two tiles ahead.  Mbarriers order a copy before its use and a use before the
+// next copy into its place (prefill_ring.cuh).
 //
 // The workspace may not hold all of the batch at once (tile_workspace.h): one launch a pass, in
 // which CTAs of other passes leave.
@@ -49,30 +49,32 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::wait_for_predecessor();
     return;
   }
+  const ImageRing<Config> ring{smem};
   if (threadIdx.x == 0) {
+    ring.init();
     const int64_t first = place.first_tile + (work.key_begin - unit.begin) / Config::kTile;
     *reinterpret_cast<ImageInfo*>(shared + Config::kPageInfo) = {
         w.tiles + first * PrefillImage<Config>::kBytes, work.key_begin,
         work.key_begin + work.info.num_tiles * Config::kTile};
   }
   write_cta_info<Config>(p, work, shared);
-  __syncthreads();  // the infos are written; the sums of sum_tiles_before have been read
+  reinterpret_cast<uint32_t*>(shared + Config::kLaneOffsets)[threadIdx.x] =
+      make_lane_offsets<Config>();
+  __syncthreads();  // infos and mbarriers are written; the sums of sum_tiles_before have been read
 
   // CTAs of the first wave rotate q while the expansion ends; later ones find it done, and can load
   // tile 0 beside the rotation.
   const bool first_wave = static_cast<int>(blockIdx.x) < p.num_sms;
   const auto load_first = [&] {
     ptx::wait_for_predecessor();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      copy_image<Config>(smem, i);
-      ptx::cp_async_commit();
-    }
+    ring.copy(0);
+    ring.copy(1);
   };
   if (!first_wave) load_first();
   QueryFragments<Config> q;
   load_query<Config>(p, smem, q);
   if (first_wave) load_first();
+  __syncthreads();  // the rotation panel has been read: tile 2 may take its place
 
   SoftmaxState<Config> state;
   start_softmax<Config>(p, p.k_code_scale, smem, q, state);
@@ -83,26 +85,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto image_info = [&](size_t field) {
     return static_cast<int>(ptx::ld_shared_volatile(smem + Config::kPageInfo + field));
   };
-  const uint32_t offsets = ptx::opaque(lane_offsets<Config>());
   uint32_t part = smem + Config::kBuffers;
   int key = image_info(offsetof(ImageInfo, key_begin));  // first one of the step
 #pragma unroll 1
   for (; key < image_info(offsetof(ImageInfo, key_end)); key += Config::kInner) {
-    if (key % Config::kTile == 0) {
-      ptx::cp_async_wait<1>();  // all but the next tile
-      __syncthreads();          // see above; before tile 0, also: the rotation panel has been read
-      const int tile = (key - image_info(offsetof(ImageInfo, key_begin))) / Config::kTile;
-      copy_image<Config>(smem, tile + 2);
-      ptx::cp_async_commit();
+    const auto tile = [&] {
+      return (key - image_info(offsetof(ImageInfo, key_begin))) / Config::kTile;
+    };
+    const bool first_part = key % Config::kTile == 0;
+    if (first_part) ring.wait(tile());
+    if (warp_keys<Config>(smem).sees(key, Config::kInner)) {
+      attend_step<Config>(p, smem, part, 0, key, q, state, o);
     }
-    const WarpKeys keys = warp_keys<Config>(smem);
-    if (keys.sees(key, Config::kInner)) {
-      attend_step<Config>(p, smem, part, 0, offsets, key, keys, q, state, o);
-    }
+    // Not at the beginning of the tile: that would wait for the slowest warp to end the one before.
+    if (first_part) ring.copy(tile() + 2);
+    if ((key + Config::kInner) % Config::kTile == 0) ring.release(tile());
     part += Config::kPartBytes;
     if (part == smem + Config::kBuffersEnd) part = smem + Config::kBuffers;
   }
-  ptx::cp_async_wait<0>();
   write_output<Config>(p, smem, state, o);
 }
 
