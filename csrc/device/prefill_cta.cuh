@@ -87,7 +87,7 @@ __device__ __forceinline__ void start_softmax(const AttentionParams& p, float k_
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
     float scale = q.scale[i] * k_unit * fabsf(p.sm_scale) * kLog2e;
     if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
-    if (threadIdx.x % 4 == 0) {
+    if (ptx::thread_idx_volatile() % 4 == 0) {
       ptx::st_shared_v2(address + 8 * sizeof(RowState) * i, __float_as_uint(scale),
                         __float_as_uint(kMinusHuge));
     }

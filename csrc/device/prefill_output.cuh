@@ -34,10 +34,10 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
   const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
-  // Opaque: not to be kept in a register from here to the other rotation.
+  // Opaque: not to be kept in a register since the rotation of q.
   const uint32_t panel_smem = ptx::opaque(smem + Config::kPanel);
   using Panel = RotationPanel<D>;
-  const int lane = threadIdx.x % 32, t = threadIdx.x % 4;
+  const int lane = ptx::thread_idx_volatile() % 32, t = lane % 4;
   const bool aligned4 =
       (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) | (p.out_head_stride * 2)) %
           4 ==

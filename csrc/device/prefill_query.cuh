@@ -188,8 +188,7 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
                                            QueryFragments<Config>& q) {
   constexpr int D = Config::D;
   using Panel = RotationPanel<D>;
-  // Opaque: not to be kept in a register from here to the other rotation.
-  const uint32_t panel_smem = ptx::opaque(smem + Config::kPanel);
+  const uint32_t panel_smem = smem + Config::kPanel;
   const bool aligned16 = query_aligned16(p);
   QueryRow row[2 * Config::kMTiles];
   find_query_rows<Config>(p, smem, row);

@@ -194,7 +194,7 @@ __device__ __forceinline__ void apply_softcap(float softcap, uint32_t smem, Scor
 template <typename Config>
 __device__ __forceinline__ void apply_mask(int first_key, uint32_t smem, int window_left,
                                            int window_right, Scores<Config>& s) {
-  const int t = threadIdx.x % 4;
+  const int t = ptx::thread_idx_volatile() % 4;
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int pos0 = tile_info<Config>(smem, offsetof(TileInfo, pos0));
   const int num_keys = tile_info<Config>(smem, offsetof(TileInfo, num_keys));
