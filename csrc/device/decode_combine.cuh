@@ -5,17 +5,26 @@
 //   out = (sum O 2^(m - m*) / l*) R                  l* = 0: no visible key, out = 0
 //   lse = (m* + log2 l*) ln 2
 //
-// A CTA takes blocks of `rows_per_block` (1, 2, 4, 8 or 16) rows (sequence, query token, head): few
-// when rows are few, so that all SMs share in reading the partials; 16, one MMA tile, when they are
-// many, so that R is read seldom.  16 / rows_per_block of the 16 warps split the partials of a row,
-// in a fixed order.
+// A CTA has 16 warps and one MMA tile of 16 rows, and takes blocks of `rows_per_block` (1, 2, 4, 8
+// or 16) rows (sequence, query token, head): few when rows are few, so that all SMs share in
+// reading the partials; 16 when they are many, so that R is read seldom.
 //
-// The product with R is the one of decode_prepare with O split into two TF32 values as well; warp w
-// computes dims 8 w .. of it.  R comes to shared memory once a CTA, while the first block's
-// partials are summed; rows lie D + 8 floats apart, so that the 4 x 8 words of a B fragment are on
-// different banks.  R of D = 256 does not fit and is read from global memory.
+//   warp w    sums a part of row w / parts's partials    parts = 16 / rows_per_block
+//             in units of its own m                      -> row w of the tile, its m and l
+//   warp w    dims 8 w .. of tile * R, its 16 rows weighted by 2^(m - m*) / l* and added up
 //
-// Shared memory: R | rows of O | partial sums of the warps.
+// So the parts of a row meet after the product with R, which is linear, and a block takes a single
+// barrier.  Everything is summed in a fixed order.
+//
+// This kernel runs when all else is done: what counts is how often it waits for memory.  It waits
+// once, for statistics and partials together.  Where a row's partials are follows from the lengths
+// alone and is known before the main kernel has ended; R comes to shared memory meanwhile, rows D +
+// 8 floats apart, so that the 4 x 8 words of a B fragment are on different banks.  R of D = 256
+// does not fit and is read from global memory.
+//
+// The product is the one of decode_prepare with O split into two TF32 values as well.
+//
+// Shared memory: R | rows of the tile.
 #pragma once
 #include <cstdint>
 
@@ -33,8 +42,10 @@ namespace tq4 {
 
 constexpr int kCombineWarps = 16;
 constexpr int kCombineThreads = kCombineWarps * kWarpSize;
-constexpr int kCombineMaxRows = 16;
-static_assert(kCombineMaxRows == kCombineWarps, "every warp sums one row, or part of one");
+constexpr int kCombineRows = 16;  // of the MMA tile
+static_assert(kCombineRows == kCombineWarps, "every warp sums one row of the tile");
+// Batches of up to so many sequences are summed up here, before the main kernel has ended.
+constexpr int kCombineKnownSeqs = kCombineThreads;
 
 template <int D>
 struct CombineConfig {
@@ -43,9 +54,18 @@ struct CombineConfig {
   static constexpr int kRowPitch = D + 4;  // A fragments: rows 4 banks apart
   // Shared memory, in floats.
   static constexpr int kRows = kHoldsRotation ? D * kRotationPitch : 0;
-  static constexpr int kParts = kRows + kCombineMaxRows * kRowPitch;
-  static constexpr int kFloats = kParts + kCombineWarps * D;
+  static constexpr int kFloats = kRows + kCombineRows * kRowPitch;
   static constexpr int kSmemBytes = 4 * kFloats;
+};
+
+// What the warps tell each other about the rows of the tile.
+struct CombineShared {
+  float m[kCombineRows], l[kCombineRows];  // of a warp's part
+  float sink[kCombineRows];                // log2 units; of its row, if there are sinks
+  int64_t offset[kCombineRows];            // in out, elements; -1: no such row
+  int64_t lse[kCombineRows];               // index
+  int32_t warp_sums[kCombineWarps];
+  int32_t prefix[kCombineKnownSeqs + 1];  // sums of unit_cost, as in the workspace
 };
 
 // A row of the output and where its partial results are.
@@ -59,12 +79,31 @@ struct CombineRow {
   int64_t stride;       // to the next CTA's
 };
 
+// The prefix sums of a batch of at most kCombineKnownSeqs sequences, by the whole CTA.  Ends with a
+// barrier.
+__device__ __forceinline__ void sum_costs(const DecodeBatch& batch, CombineShared& shared) {
+  const int seq = threadIdx.x, lane = seq % kWarpSize, warp = seq / kWarpSize;
+  const int cost = seq < batch.num_seqs ? batch.unit_cost(batch.tiles(seq)) : 0;
+  int sum = cost;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == kWarpSize - 1) shared.warp_sums[warp] = sum;
+  __syncthreads();  // all warps' sums are there
+  for (int w = 0; w < warp; ++w) sum += shared.warp_sums[w];
+  if (seq < batch.num_seqs) shared.prefix[seq + 1] = sum;
+  if (seq == 0) shared.prefix[0] = 0;
+  __syncthreads();  // the prefix sums are there
+}
+
 __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const DecodePlan& plan,
-                                               int64_t row, const int32_t* prefix) {
-  const DecodeBatch batch = decode_batch(p, plan);
+                                               const DecodeBatch& batch, int64_t row,
+                                               const int32_t* prefix) {
   CombineRow r{};
   const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
-  const int seq = static_cast<int>(row / rows_per_seq);
+  const int seq = static_cast<int>(divide(row, rows_per_seq));
   if (seq >= p.num_seqs) return r;
   const int in_seq = static_cast<int>(row - seq * rows_per_seq);
   const int query = in_seq / p.num_q_heads;
@@ -89,20 +128,15 @@ __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const D
   return r;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  return x;
-}
-
-// One warp's part of a row's partials: CTAs begin + part, begin + part + parts, ...  A lane holds
-// kDims dimensions, kVector neighbours at a time; l is the warp's.
+// Warp `part` of `parts`: CTAs begin + part, begin + part + parts, ...  A lane holds kDims
+// dimensions, kVector neighbours at a time.  A batch of partials is loaded before any is used.
 template <int D>
 struct RowSum {
   static constexpr int kDims = D / kWarpSize;
   static constexpr int kVector = D % 128 == 0 ? 4 : D == 64 ? 2 : 1;
+  static constexpr int kBatch = D <= 128 ? 5 : 2;
   float o[kDims];
-  float l;
+  float m, l;
 
   __device__ __forceinline__ static int dim(int e) {
     return (e / kVector * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize)) * kVector +
@@ -110,92 +144,63 @@ struct RowSum {
   }
 
   __device__ __forceinline__ void clear() {
+    m = kNoReference;
     l = 0.f;
 #pragma unroll
     for (int e = 0; e < kDims; ++e) o[e] = 0.f;
   }
 
-  __device__ __forceinline__ void add(const float* row, float weight) {
+  __device__ __forceinline__ void add(const AttentionParams& p, const DecodePlan& plan,
+                                      const CombineRow& row, int part, int parts) {
     struct alignas(4 * kVector) Vector {
       float x[kVector];
     };
+    const auto* workspace = static_cast<const uint8_t*>(p.workspace);
+    const int64_t begin = row.first_index + part * row.stride, step = parts * row.stride;
+    const auto* stats = reinterpret_cast<const float2*>(workspace + plan.partial_stats) + begin;
+    const auto* out =
+        reinterpret_cast<const float*>(workspace + plan.partial_out) + begin * D + dim(0);
+#pragma unroll 1
+    for (int left = row.end - row.begin - part; left > 0; left -= kBatch * parts) {
+      float2 stat[kBatch];
+      Vector value[kBatch][kDims / kVector];
 #pragma unroll
-    for (int e = 0; e < kDims; e += kVector) {
-      const Vector v = *reinterpret_cast<const Vector*>(row + dim(e));
+      for (int b = 0; b < kBatch; ++b) {
+        const bool exists = b * parts < left;
+        stat[b] = make_float2(kNoReference, 0.f);
+        if (exists) stat[b] = *stats;
+        stats += step;
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) o[e + i] += v.x[i] * weight;
+        for (int v = 0; v < kDims / kVector; ++v) {
+          value[b][v] = {};
+          if (exists) value[b][v] = *reinterpret_cast<const Vector*>(out + v * kVector * kWarpSize);
+        }
+        out += step * D;
+      }
+      float top = m;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) top = fmaxf(top, stat[b].x);
+      const float own = ptx::exp2_approx(m - top);
+      m = top;
+      l *= own;
+#pragma unroll
+      for (int e = 0; e < kDims; ++e) o[e] *= own;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const float weight = ptx::exp2_approx(stat[b].x - top);
+        l += stat[b].y * weight;
+#pragma unroll
+        for (int e = 0; e < kDims; ++e) o[e] += value[b][e / kVector].x[e % kVector] * weight;
+      }
     }
   }
 };
 
+// max_query_len is a promise that only the device can check: what breaks it becomes NaN, not
+// whatever the output held before.  By the warp of the sequence's last row.
 template <int D>
-__device__ __forceinline__ float sum_partials(const AttentionParams& p, const DecodePlan& plan,
-                                              const CombineRow& row, int part, int parts,
-                                              RowSum<D>& sum) {
-  const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-  const auto* stats =
-      reinterpret_cast<const float2*>(workspace + plan.partial_stats) + row.first_index;
-  const auto* out =
-      reinterpret_cast<const float*>(workspace + plan.partial_out) + row.first_index * D;
-  const int count = row.end - row.begin;
+__device__ __forceinline__ void write_surplus(const AttentionParams& p, const CombineRow& row) {
   const int lane = threadIdx.x % kWarpSize;
-
-  float m = kNoReference;
-  for (int i = lane; i < count; i += kWarpSize) m = fmaxf(m, stats[i * row.stride].x);
-  m = warp_max(m);  // over all partials: the same in every part
-  sum.clear();
-#pragma unroll 4
-  for (int i = part; i < count; i += parts) {
-    const float2 s = stats[i * row.stride];
-    const float weight = ptx::exp2_approx(s.x - m);
-    sum.l += s.y * weight;
-    sum.add(out + i * row.stride * D, weight);
-  }
-  return m;
-}
-
-// Sums a row's partials, splits by the denominator, writes the LSE.  Called by all warps: `part` of
-// `parts` warps that share a row, which is left in rows[local] by the first of them.
-template <int D>
-__device__ __forceinline__ void combine_row(const AttentionParams& p, const DecodePlan& plan,
-                                            const CombineRow& row, int local, int part, int parts,
-                                            float* shared, float* part_l, int64_t* row_offset) {
-  using Config = CombineConfig<D>;
-  using Sum = RowSum<D>;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  float* part_out = shared + Config::kParts;
-  Sum sum;
-  float m = kNoReference;
-  if (row.exists) m = sum_partials<D>(p, plan, row, part, parts, sum);
-  if (parts > 1) {
-    if (row.exists && part > 0) {
-#pragma unroll
-      for (int e = 0; e < Sum::kDims; ++e) part_out[warp * D + Sum::dim(e)] = sum.o[e];
-      if (lane == 0) part_l[warp] = sum.l;
-    }
-    __syncthreads();  // the other parts are there
-    if (row.exists && part == 0) {
-      for (int other = warp + 1; other < warp + parts; ++other) {
-        sum.l += part_l[other];
-#pragma unroll
-        for (int e = 0; e < Sum::kDims; ++e) sum.o[e] += part_out[other * D + Sum::dim(e)];
-      }
-    }
-  }
-  if (part > 0) return;
-
-  float* out = shared + Config::kRows + local * Config::kRowPitch;
-  if (lane == 0) {
-    row_offset[local] =
-        row.exists ? row.token * p.out_token_stride + row.head * p.out_head_stride : -1;
-  }
-  if (!row.exists) {  // its place in the MMA tile must hold numbers
-#pragma unroll
-    for (int e = 0; e < Sum::kDims; ++e) out[Sum::dim(e)] = 0.f;
-    return;
-  }
-  // max_query_len is a promise that only the device can check: what breaks it becomes NaN, not
-  // whatever the output held before.
   for (int64_t token = row.token + 1; token <= row.token + row.surplus; ++token) {
     auto* lost =
         static_cast<uint16_t*>(p.out) + token * p.out_token_stride + row.head * p.out_head_stride;
@@ -204,25 +209,72 @@ __device__ __forceinline__ void combine_row(const AttentionParams& p, const Deco
       p.lse[static_cast<int64_t>(row.head) * p.num_tokens + token] = NAN;
     }
   }
-  float factor = 1.f, l = sum.l;
-  if (p.sinks != nullptr) {  // one more term of the denominator, with no value
-    const float sink = p.sinks[row.head] * 1.4426950408889634f;
-    const float top = fmaxf(m, sink);
-    factor = ptx::exp2_approx(m - top);
-    l = l * factor + ptx::exp2_approx(sink - top);
-    m = top;
+}
+
+// What is known of the warp's row of the tile before there are partial results.
+template <int D>
+__device__ __forceinline__ void announce_row(const AttentionParams& p, const CombineRow& row,
+                                             int part, CombineShared& shared) {
+  const int warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x % kWarpSize == 0) {
+    shared.sink[warp] =
+        row.exists && p.sinks != nullptr ? p.sinks[row.head] * 1.4426950408889634f : kNoReference;
+    shared.offset[warp] =
+        row.exists ? row.token * p.out_token_stride + row.head * p.out_head_stride : -1;
+    shared.lse[warp] = static_cast<int64_t>(row.head) * p.num_tokens + row.token;
   }
-  const float inverse = l == 0.f ? 0.f : __fdiv_rn(factor, l);  // NaN goes through
-#pragma unroll
-  for (int e = 0; e < Sum::kDims; ++e) out[Sum::dim(e)] = sum.o[e] * inverse;
-  if (lane == 0 && p.lse != nullptr) {
-    p.lse[static_cast<int64_t>(row.head) * p.num_tokens + row.token] =
-        l == 0.f ? -INFINITY : (m + log2f(l)) * 0.6931471805599453f;
+  if (part == 0 && row.surplus > 0) {
+    ptx::wait_for_predecessor();  // q has been read, which may be where the output goes
+    write_surplus<D>(p, row);
   }
 }
 
-// Dims 8 tile .. 8 tile + 7 of out = O R for the block's rows; lane: rows g, g + 8, dims 2 t, 2 t
-// + 1.
+// The warp's row of the tile.  Rows that do not exist are zeros: their place in the MMA tile must
+// hold numbers.
+template <int D>
+__device__ __forceinline__ void sum_row(const AttentionParams& p, const DecodePlan& plan,
+                                        const CombineRow& row, int part, int parts, float* rows,
+                                        CombineShared& shared) {
+  using Sum = RowSum<D>;
+  const int warp = threadIdx.x / kWarpSize;
+  Sum sum;
+  sum.clear();
+  sum.add(p, plan, row, part, parts);
+#pragma unroll
+  for (int e = 0; e < Sum::kDims; ++e) {
+    rows[warp * CombineConfig<D>::kRowPitch + Sum::dim(e)] = sum.o[e];
+  }
+  if (threadIdx.x % kWarpSize == 0) {
+    shared.m[warp] = sum.m;
+    shared.l[warp] = sum.l;
+  }
+}
+
+// 2^(m - m*) / l* of row `lane` % 16 of the tile.  Warp 0 writes the LSE.
+__device__ __forceinline__ float weigh_rows(const AttentionParams& p, const CombineShared& shared,
+                                            int parts) {
+  const int lane = threadIdx.x % kWarpSize, row = lane % kCombineRows;
+  const float own_m = shared.m[row];
+  float m = own_m;
+#pragma unroll 1
+  for (int step = 1; step < parts; step *= 2) m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, step));
+  float l = shared.l[row] * ptx::exp2_approx(own_m - m);
+#pragma unroll 1
+  for (int step = 1; step < parts; step *= 2) l += __shfl_xor_sync(kFullWarp, l, step);
+  if (p.sinks != nullptr) {  // one more term of the denominator, with no value
+    const float sink = shared.sink[row];
+    const float top = fmaxf(m, sink);
+    l = l * ptx::exp2_approx(m - top) + ptx::exp2_approx(sink - top);
+    m = top;
+  }
+  if (p.lse != nullptr && threadIdx.x < kCombineRows && row % parts == 0 &&
+      shared.offset[row] >= 0) {
+    p.lse[shared.lse[row]] = l == 0.f ? -INFINITY : (m + log2f(l)) * 0.6931471805599453f;
+  }
+  return l == 0.f ? 0.f : __fdiv_rn(ptx::exp2_approx(own_m - m), l);  // NaN goes through
+}
+
+// Dims 8 tile + 2 t and + 1 of the tile's rows g (c[0], c[1]) and g + 8, times R.
 template <int D>
 __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const float* shared, int tile,
                                             float (&c)[4]) {
@@ -236,7 +288,8 @@ __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const floa
     }
     return;
   }
-#pragma unroll 4
+  float sum[3][4] = {};  // so that no MMA waits for the one before
+#pragma unroll(Config::kHoldsRotation ? 4 : 8)
   for (int k = 0; k < D; k += 8) {
     float b[2];
 #pragma unroll
@@ -252,9 +305,26 @@ __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const floa
       high[i] = ptx::tf32_high(x);
       low[i] = ptx::tf32_low(x);
     }
-    ptx::mma_m16n8k8_tf32(c, low, ptx::tf32_high(b[0]), ptx::tf32_high(b[1]));
-    ptx::mma_m16n8k8_tf32(c, high, ptx::tf32_low(b[0]), ptx::tf32_low(b[1]));
-    ptx::mma_m16n8k8_tf32(c, high, ptx::tf32_high(b[0]), ptx::tf32_high(b[1]));
+    ptx::mma_m16n8k8_tf32(sum[0], low, ptx::tf32_high(b[0]), ptx::tf32_high(b[1]));
+    ptx::mma_m16n8k8_tf32(sum[1], high, ptx::tf32_low(b[0]), ptx::tf32_low(b[1]));
+    ptx::mma_m16n8k8_tf32(sum[2], high, ptx::tf32_high(b[0]), ptx::tf32_high(b[1]));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = (sum[0][i] + sum[1][i]) + sum[2][i];
+}
+
+// Weighs the tile's rows and adds up those of one row of the output, `parts` neighbours.
+__device__ __forceinline__ void add_parts(const float (&weight)[2], int parts, float (&c)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] *= weight[i / 2];
+#pragma unroll 1
+  for (int step = 1; step < min(parts, 8); step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += __shfl_xor_sync(kFullWarp, c[i], 4 * step);
+  }
+  if (parts == kCombineRows) {
+    c[0] += c[2];
+    c[1] += c[3];
   }
 }
 
@@ -277,10 +347,10 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     decode_combine_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ DecodePlan plan, int rows_per_block) {
   using Config = CombineConfig<D>;
-  __shared__ float part_l[kCombineWarps];
-  __shared__ int64_t row_offset[kCombineMaxRows];  // in out, elements; -1: no such row
+  __shared__ CombineShared tile_rows;
   auto* shared = reinterpret_cast<float*>(ptx::dynamic_shared());
-  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int g = lane / 4, t = lane % 4;
 
   if (Config::kHoldsRotation && p.out_rotation != nullptr) {
     for (int i = threadIdx.x; i < D * D / 4; i += kCombineThreads) {
@@ -290,41 +360,48 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     }
   }
   ptx::cp_async_commit();
-  if (threadIdx.x < kCombineMaxRows) row_offset[threadIdx.x] = -1;
-  for (int i = threadIdx.x; i < kCombineMaxRows * Config::kRowPitch; i += kCombineThreads) {
-    shared[Config::kRows + i] = 0.f;  // MMA rows that no block of this launch has
-  }
-  __syncthreads();              // cleared before rows are filled
-  ptx::wait_for_predecessor();  // every partial result and the prefix sums are written
-
+  const DecodeBatch batch = decode_batch(p, plan);
   const auto* prefix =
       reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(p.workspace) + plan.seq_prefix);
+  if (p.num_seqs <= kCombineKnownSeqs) {
+    sum_costs(batch, tile_rows);
+    prefix = tile_rows.prefix;
+  } else {
+    ptx::wait_for_predecessor();  // the main kernel has written the prefix sums
+  }
   const bool aligned4 =
       (reinterpret_cast<uintptr_t>(p.out) | static_cast<uint64_t>(p.out_token_stride * 2) |
        static_cast<uint64_t>(p.out_head_stride * 2)) %
           4 ==
       0;
-  const int parts = kCombineWarps / rows_per_block;
-  const int local = warp / parts;
+  const int parts = kCombineRows / rows_per_block;
   const int64_t num_rows = static_cast<int64_t>(p.num_seqs) * p.max_query_len * p.num_q_heads;
 #pragma unroll 1
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block; first < num_rows;
        first += static_cast<int64_t>(gridDim.x) * rows_per_block) {
-    const CombineRow row = find_row(p, plan, first + local, prefix);
-    combine_row<D>(p, plan, row, local, warp % parts, parts, shared, part_l, row_offset);
+    const CombineRow row = find_row(p, plan, batch, first + warp / parts, prefix);
+    announce_row<D>(p, row, warp % parts, tile_rows);
+    ptx::wait_for_predecessor();  // every partial result is written
+    sum_row<D>(p, plan, row, warp % parts, parts, shared + Config::kRows, tile_rows);
     ptx::cp_async_wait<0>();
     __syncthreads();  // the rows, and R, are complete
+    const float row_weight = weigh_rows(p, tile_rows, parts);
+    const float weight[2] = {__shfl_sync(kFullWarp, row_weight, g),
+                             __shfl_sync(kFullWarp, row_weight, g + 8)};
     for (int tile = warp; tile < D / 8; tile += kCombineWarps) {
-      float c[4] = {};
+      float c[4];
       rotate_tile<D>(p, shared, tile, c);
+      add_parts(weight, parts, c);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int64_t offset = row_offset[g + 8 * i];
-        if (offset < 0) continue;
+        const int64_t offset = tile_rows.offset[g + 8 * i];
+        if (offset < 0 || (g + 8 * i) % parts != 0) continue;
         store_pair(p, offset + 8 * tile + 2 * t, aligned4, c[2 * i], c[2 * i + 1]);
       }
     }
-    __syncthreads();  // the rows have been read
+    if (first + static_cast<int64_t>(gridDim.x) * rows_per_block < num_rows) {
+      __syncthreads();  // the rows have been read
+    }
   }
 }
 

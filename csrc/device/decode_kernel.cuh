@@ -32,6 +32,7 @@
 #include "../ptx/dynamic_smem.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/prefetch.cuh"
 #include "../ptx/register_pool.cuh"
 #include "decode_merge.cuh"
 #include "decode_pipeline.cuh"
@@ -166,6 +167,15 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
       first += kWarpSize;
     }
   }
+}
+
+// The combine kernel begins with R, which the stream of keys has driven out of the L2 by then: the
+// first CTAs bring it back, a line of 128 bytes a lane, when their last copy is under way.
+__device__ __forceinline__ void prefetch_output_rotation(const AttentionParams& p) {
+  const int line = blockIdx.x * kWarpSize + threadIdx.x % kWarpSize;
+  const int entries = p.cache.head_dim * p.cache.head_dim;
+  if (p.out_rotation != nullptr && 32 * line < entries)
+    ptx::prefetch_l2(p.out_rotation + 32 * line);
 }
 
 // [3/6] The lane's rows of one segment: quantised q and scales.  Rows past the last repeat it;
@@ -417,6 +427,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();
     if (threadIdx.x / kWarpSize == Config::kWarps) {
       produce<Pipeline>(p, plan, shared, shared.warps[Config::kWarps], smem + plan.stage_offset);
+      prefetch_output_rotation(p);
     }
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();

@@ -39,6 +39,8 @@ constexpr int decode_warps(int head_dim, DecodeMode mode, bool bulk) {
   return bulk && mode == DecodeMode::kInt8Rows8 && head_dim <= 128 ? 16 : 8;
 }
 
+constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel takes at once
+
 constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
 constexpr int kDecodeMaxStages = 64;
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3200;  // barriers and scratch
@@ -394,7 +396,11 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.max_rows = static_cast<int>(max_rows);
   plan.tiles_per_block = view.block_size / kTileTokens;
   plan.block_divider = Divider::make(static_cast<uint32_t>(plan.tiles_per_block));
-  plan.grid = p.num_sms;
+  // A CTA of the main kernel fills an SM, and starts late where it must wait for one of the prepare
+  // kernel to leave.  A few SMs are better left out than waited for.
+  const int64_t prepare_ctas =
+      ceil_div<int64_t>(static_cast<int64_t>(p.num_tokens) * p.num_q_heads, kPrepareRows);
+  plan.grid = p.num_sms - (prepare_ctas <= p.num_sms / 32 ? static_cast<int>(prepare_ctas) : 0);
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable && p.int8;
   if (!wants_bulk || !detail::plan_tiles(p, true, plan)) {

@@ -6,10 +6,13 @@
 //   sm_scale * log2 e * k_code_scale, or / softcap instead of * log2 e
 //
 // A CTA takes blocks of 16 rows (token, head), one MMA tile high.  Warp w computes dims 8 w .. 8 w
-// + 7 of the product (D = 256: and 128 more), for which it keeps its part of R in registers; the
-// warps meet once a block for the rows' maxima.  The k index of the product is permuted so that
-// both operands are read four neighbours at a time: within 16 dims, lane t has 4 t .. 4 t + 3, two
-// for each k8 step.
+// + 7 of the product (D = 256: and 128 more); the warps meet once a block for the rows' maxima.
+// The k index of the product is permuted so that both operands are read four neighbours at a time:
+// within 16 dims, lane t has 4 t .. 4 t + 3, two for each k8 step.
+//
+// The main kernel waits for this one, and there is little to compute: what counts is how often it
+// waits for memory.  Once: every load of a block, R and q alike, is under way before the first is
+// used; q comes one piece a thread, and goes to the fragments through shared memory.
 #pragma once
 #include <cstdint>
 
@@ -23,33 +26,94 @@
 
 namespace tq4 {
 
-constexpr int kPrepareRows = 16;
-
 template <int D>
 struct PrepareConfig {
   static constexpr int kWarps = D <= 128 ? D / 8 : 16;
   static constexpr int kTiles = D / 8 / kWarps;  // n8 tiles of a warp
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr bool kHoldsRotation = D <= 128;
+  static constexpr int kPieces = kPrepareRows * D / 4 / kThreads;  // of q, that a thread loads
+  // Of q in shared memory, in values: half a warp's pieces lie on different banks.
+  static constexpr int kRowPitch = D + 16;
+  static_assert(kPieces * kThreads * 4 == kPrepareRows * D, "the pieces come out even");
 };
 
-// Four neighbouring values of a row of q; zeros without a row.
-__device__ __forceinline__ void load_query4(const uint16_t* p, DType dtype, bool aligned8,
-                                            float (&x)[4]) {
-  uint2 raw = make_uint2(0, 0);
-  if (p != nullptr) {
-    if (aligned8) {
-      raw = *reinterpret_cast<const uint2*>(p);
-    } else {
-      raw.x = p[0] | static_cast<uint32_t>(p[1]) << 16;
-      raw.y = p[2] | static_cast<uint32_t>(p[3]) << 16;
+// The 16 rows of q from `first` on, dealt out to the threads in pieces of 4 values.  Rows past the
+// last repeat it; nobody reads their results.
+template <int D>
+struct QueryPieces {
+  using Config = PrepareConfig<D>;
+  uint2 piece[Config::kPieces];
+
+  __device__ __forceinline__ void load(const AttentionParams& p, int64_t first, int64_t num_rows,
+                                       bool aligned8) {
+#pragma unroll
+    for (int i = 0; i < Config::kPieces; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * Config::kThreads;
+      const int64_t index = min(first + at / (D / 4), num_rows - 1);
+      const int64_t token = divide(index, p.num_q_heads);
+      const uint16_t* source = static_cast<const uint16_t*>(p.q) + token * p.q_token_stride +
+                               (index - token * p.num_q_heads) * p.q_head_stride + at % (D / 4) * 4;
+      if (aligned8) {
+        piece[i] = *reinterpret_cast<const uint2*>(source);
+      } else {
+        piece[i].x = source[0] | static_cast<uint32_t>(source[1]) << 16;
+        piece[i].y = source[2] | static_cast<uint32_t>(source[3]) << 16;
+      }
     }
   }
-  const float2 a = unpack_pair(raw.x, dtype), b = unpack_pair(raw.y, dtype);
-  x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
+
+  __device__ __forceinline__ void store(uint16_t* rows) const {
+#pragma unroll
+    for (int i = 0; i < Config::kPieces; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * Config::kThreads;
+      *reinterpret_cast<uint2*>(rows + at / (D / 4) * Config::kRowPitch + at % (D / 4) * 4) =
+          piece[i];
+    }
+  }
+};
+
+// The lane's part of R for one n8 tile.  B[k][n] = R[n][k]: of row 8 n_tile + g, dims 16 k + 4 t ..
+template <int D>
+struct RotationTile {
+  float4 part[D / 16];
+
+  __device__ __forceinline__ void load(const float* rotation, int n_tile) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    const float* row = rotation + (8 * n_tile + g) * D + 4 * t;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) part[k] = *reinterpret_cast<const float4*>(row + 16 * k);
+  }
+};
+
+// c[2 i + e] = dim 2 t + e of the tile, row 8 i + g.  Four accumulators, so that no MMA waits for
+// the one before.
+template <int D, DType kType>
+__device__ __forceinline__ void rotate_rows(const uint16_t* rows, const RotationTile<D>& rotation,
+                                            float (&c)[4]) {
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  float sum[4][4] = {};
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(
+          rows + (8 * i + g) * PrepareConfig<D>::kRowPitch + 16 * k + 4 * t);
+      const float2 x = unpack_pair(raw.x, kType), y = unpack_pair(raw.y, kType);
+      a[0][i] = __float_as_uint(x.x), a[0][2 + i] = __float_as_uint(x.y);
+      a[1][i] = __float_as_uint(y.x), a[1][2 + i] = __float_as_uint(y.y);
+    }
+    const float4 r = rotation.part[k];
+    ptx::mma_m16n8k8_tf32(sum[0], a[0], ptx::tf32_low(r.x), ptx::tf32_low(r.y));
+    ptx::mma_m16n8k8_tf32(sum[1], a[1], ptx::tf32_low(r.z), ptx::tf32_low(r.w));
+    ptx::mma_m16n8k8_tf32(sum[2], a[0], ptx::tf32_high(r.x), ptx::tf32_high(r.y));
+    ptx::mma_m16n8k8_tf32(sum[3], a[1], ptx::tf32_high(r.z), ptx::tf32_high(r.w));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
 }
 
-// Rows dims `at`, `at` + 1 of one row: codes, residuals.
+// Dims `at`, `at` + 1 of one row: codes, residuals.
 template <int D>
 __device__ __forceinline__ void write_query(const AttentionParams& p, const DecodePlan& plan,
                                             int64_t at, float largest, float x, float y) {
@@ -87,88 +151,63 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     decode_prepare_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ DecodePlan plan) {
   using Config = PrepareConfig<D>;
-  __shared__ float maxima[2][kPrepareRows][Config::kWarps];
+  __shared__ float maxima[kPrepareRows][Config::kWarps];
+  __shared__ uint2 row_storage[kPrepareRows * Config::kRowPitch / 4];
   ptx::allow_dependent_launch();
 
+  auto* rows = reinterpret_cast<uint16_t*>(row_storage);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int64_t num_rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kPrepareRows;
   const bool aligned8 =
       (reinterpret_cast<uintptr_t>(p.q) | static_cast<uint64_t>(p.q_token_stride * 2) |
        static_cast<uint64_t>(p.q_head_stride * 2)) %
           8 ==
       0;
   const bool rotates = p.q_rotation != nullptr;
-  // B[k][n] = R[n][k]: lane g's row of R, dims 16 k + 4 t ..
-  const auto rotation = [&](int tile, int k) {
-    const int n = 8 * (warp + tile * Config::kWarps) + g;
-    return *reinterpret_cast<const float4*>(p.q_rotation + n * D + 16 * k + 4 * t);
-  };
-  float4 held[Config::kHoldsRotation ? D / 16 : 1];
-  if constexpr (Config::kHoldsRotation) {
-    if (rotates) {
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k) held[k] = rotation(0, k);
-    }
-  }
+  int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows;
+  QueryPieces<D> pieces;
+  RotationTile<D> rotation;
+  if (rotates) rotation.load(p.q_rotation, warp);
+  pieces.load(p, first, num_rows, aligned8);
   const float unit_scale = p.sm_scale * (p.softcap != 0.f ? 1.f / p.softcap : 1.4426950408889634f) *
                            (p.int8 ? p.k_code_scale : 1.f);
 
-  int parity = 0;
 #pragma unroll 1
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows; first < num_rows;
-       first += static_cast<int64_t>(gridDim.x) * kPrepareRows, parity ^= 1) {
-    const uint16_t* row[2];  // rows g and g + 8; null past the end
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t index = first + 8 * i + g;
-      const int64_t token = index / p.num_q_heads;
-      row[i] = index < num_rows ? static_cast<const uint16_t*>(p.q) + token * p.q_token_stride +
-                                      (index - token * p.num_q_heads) * p.q_head_stride
-                                : nullptr;
-    }
+  for (; first < num_rows; first += step) {
+    pieces.store(rows);
+    __syncthreads();  // the rows are there; the last block's maxima have been read
+    if (first + step < num_rows) pieces.load(p, first + step, num_rows, aligned8);
 
     // c[tile][2 i + e]: row 8 i + g, dim 8 (warp + tile * kWarps) + 2 t + e.
-    float c[Config::kTiles][4] = {};
-    if (rotates) {
-#pragma unroll(Config::kHoldsRotation ? D / 16 : 2)
-      for (int k = 0; k < D / 16; ++k) {
-        float x[2][4];
+    float c[Config::kTiles][4];
+#pragma unroll
+    for (int tile = 0; tile < Config::kTiles; ++tile) {
+      const int n_tile = warp + tile * Config::kWarps;
+      if (rotates) {
+        if (tile > 0) {
+          __syncwarp();  // keeps the loads behind the tile before: registers hold one tile of R
+          rotation.load(p.q_rotation, n_tile);
+        }
+        if (p.dtype == DType::kBFloat16) {
+          rotate_rows<D, DType::kBFloat16>(rows, rotation, c[tile]);
+        } else {
+          rotate_rows<D, DType::kFloat16>(rows, rotation, c[tile]);
+        }
+      } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          load_query4(row[i] == nullptr ? nullptr : row[i] + 16 * k + 4 * t, p.dtype, aligned8,
-                      x[i]);
-        }
-        const uint32_t a0[4] = {__float_as_uint(x[0][0]), __float_as_uint(x[1][0]),
-                                __float_as_uint(x[0][1]), __float_as_uint(x[1][1])};
-        const uint32_t a1[4] = {__float_as_uint(x[0][2]), __float_as_uint(x[1][2]),
-                                __float_as_uint(x[0][3]), __float_as_uint(x[1][3])};
-#pragma unroll
-        for (int tile = 0; tile < Config::kTiles; ++tile) {
-          float4 r;
-          if constexpr (Config::kHoldsRotation) {
-            r = held[k];
-          } else {
-            r = rotation(tile, k);
-          }
-          ptx::mma_m16n8k8_tf32(c[tile], a0, ptx::tf32_low(r.x), ptx::tf32_low(r.y));
-          ptx::mma_m16n8k8_tf32(c[tile], a1, ptx::tf32_low(r.z), ptx::tf32_low(r.w));
-          ptx::mma_m16n8k8_tf32(c[tile], a0, ptx::tf32_high(r.x), ptx::tf32_high(r.y));
-          ptx::mma_m16n8k8_tf32(c[tile], a1, ptx::tf32_high(r.z), ptx::tf32_high(r.w));
-        }
-      }
-    } else {
-#pragma unroll
-      for (int tile = 0; tile < Config::kTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (row[i] == nullptr) continue;
-          const uint16_t* pair = row[i] + 8 * (warp + tile * Config::kWarps) + 2 * t;
-          const float2 v = unpack_pair(pair[0] | static_cast<uint32_t>(pair[1]) << 16, p.dtype);
+          const uint32_t pair = *reinterpret_cast<const uint32_t*>(
+              rows + (8 * i + g) * Config::kRowPitch + 8 * n_tile + 2 * t);
+          const float2 v = unpack_pair(pair, p.dtype);
           c[tile][2 * i] = v.x;
           c[tile][2 * i + 1] = v.y;
         }
       }
+    }
+    if (Config::kTiles > 1 && rotates && first + step < num_rows) {
+      rotation.load(p.q_rotation, warp);  // for the next block
     }
 
 #pragma unroll
@@ -180,18 +219,16 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
             ptx::max_nan(largest, ptx::max_nan(fabsf(c[tile][2 * i]), fabsf(c[tile][2 * i + 1])));
       }
       largest = quad_max_nan(largest);
-      if (t == 0) maxima[parity][8 * i + g][warp] = largest;
+      if (t == 0) maxima[8 * i + g][warp] = largest;
     }
-    // Every warp's maxima are there.  The other half is free for the next block: its last readers
-    // came before this barrier.
-    __syncthreads();
+    __syncthreads();  // every warp's maxima are there; the rows have been read
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float largest = 0.f;
 #pragma unroll
       for (int w = 0; w < Config::kWarps; ++w) {
-        largest = ptx::max_nan(largest, maxima[parity][8 * i + g][w]);
+        largest = ptx::max_nan(largest, maxima[8 * i + g][w]);
       }
       const int64_t index = first + 8 * i + g;
       if (index >= num_rows) continue;

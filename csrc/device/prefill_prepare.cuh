@@ -1,49 +1,56 @@
-// Queries of the sm_90a prefill kernel: rotated, scaled and quantised once, left in the workspace
-// as images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The last CTA
-// leaves the matrix of the output rotation there too, and resets the counters of the attention
-// kernel.
+// Queries of the sm_90a prefill kernel: rotated, scaled and quantised once, left in the workspace as
+// images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The last CTA leaves
+// the matrix of the output rotation there too, and resets the counters of the attention kernel.
 //
-// A fixed grid; a CTA keeps the rotation matrix in shared memory, high parts and (unless they are
-// all zero, as for Hadamard matrices) low parts, and takes images of 128 rows in turn.  The rows of
-// the next image travel while this one is quantised and written.
+//   q (registers) x R^T (shared memory, fp16: high parts, low parts) --wgmma--> q_rot --> s_q, q8
+//
+// A fixed grid; a CTA takes images of 128 rows in turn, 64 for each of its two warpgroups.  The rows
+// of the next image travel while this one is quantised and written.  The low parts are all zero, and
+// skipped, for Hadamard matrices.
+//
+// Orders of dims, chosen so that nothing is ever moved between lanes.  With t = lane % 4:
+//   k of the product   lane t multiplies dims 32 b + 8 t .. + 7 of each block b of 32, as loaded
+//   columns            lane t receives dims t D/4 .. of its rows, pairwise swapped as the keys are
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 #include "../params.h"
+#include "../ptx/arith.cuh"
 #include "../ptx/dynamic_smem.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/smem.cuh"
+#include "../ptx/wgmma.cuh"
 #include "prefill_config.cuh"
-#include "prefill_query.cuh"
 #include "prefill_schedule.cuh"
+#include "rotate.cuh"
 #include "wgmma_image.cuh"
 
 namespace tq4::sm90 {
 
-// The parts of sm80::PrefillConfig that prefill_query.cuh knows, and the rest of this kernel's.
 template <int D_>
 struct PrepareConfig {
   static constexpr int D = D_;
-  static constexpr bool kInt8 = true;
-  static constexpr int kWarps = 8;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kMTiles = 1;
-  static constexpr int kWarpRows = 16;
-  static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kKeySteps = D / 32;
-  static constexpr int kInfo = 0;  // TileInfo
-  static constexpr int kRowTokens = 32;
-  static constexpr int kBuffers = round_up(kRowTokens + 4 * kRows, 512);
-  static constexpr int kPanel = kBuffers;
-  using Panel = RotationPanel<D>;
-  static constexpr int kPartBytes = Panel::kPanels * Panel::kBytes;
+  static constexpr int kThreads = 256;
+  static constexpr int kRows = QueryImage<D>::kRows;
+  static_assert(kRows == kThreads / 128 * 64, "64 rows a warpgroup");
+  static constexpr int kBlocks = D / 32;  // of dims
+  static constexpr int kSteps = D / 16;   // of k
+  static constexpr int kRegs = D / 2;     // accumulators a lane
+  // R as the K-major operand: row = column of the product, 64 k a panel.
+  using Matrix = ValueMajorImage<D, D>;
   static constexpr bool kHoldsLow = D <= 128;  // both parts of D = 256 do not fit
-  static constexpr int kRotationBytes = (kHoldsLow ? 2 : 1) * kPartBytes;
-  static constexpr int kRowBytes = HalfTile<D>::kRowBytes;
-  static constexpr int kSmemBytes = kBuffers + kRotationBytes + kRows * kRowBytes;
+  static constexpr int kAlign = 1024;
+  static constexpr int kSmemBytes = kAlign + (kHoldsLow ? 2 : 1) * Matrix::kBytes;
   static constexpr int kCtas = D <= 128 ? 2 : 1;  // an SM
-  static_assert(kRows == QueryImage<D>::kRows, "one image a CTA");
+
+  // Dim of the rotated q in column `column` of the product.
+  TQ4_HOST_DEVICE static constexpr int column_dim(int column) {
+    return column % 8 / 2 * (D / 4) + column / 8 * 2 + 1 - column % 2;
+  }
+  // First of the pair of dims of q at k = 8 chunk + 2 pair.
+  TQ4_HOST_DEVICE static constexpr int k_dim(int chunk, int pair) {
+    return chunk / 4 * 32 + 8 * pair + 2 * (chunk % 4);
+  }
 };
 
 template <int D>
@@ -60,195 +67,167 @@ __device__ __forceinline__ void write_rotation_image(const float* rotation, uint
   }
 }
 
-// Both parts of R / unit to shared memory, panel after panel; the low ones only where there is
-// room. Returns whether this thread's entries have a low part.
+// Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether this
+// thread's entries have a low part.  To be followed by a fence and a barrier.
 template <typename Config>
-__device__ __forceinline__ bool load_rotation(uint32_t smem, const float* rotation, float unit) {
-  using Panel = typename Config::Panel;
+__device__ __forceinline__ bool load_rotation(const float* rotation, float unit, uint32_t high,
+                                              uint32_t low) {
   constexpr int D = Config::D, kChunks = D / 8, kTotal = D * kChunks;
-  constexpr int kBatch = kTotal / Config::kThreads < 4 ? kTotal / Config::kThreads : 4;
-  constexpr bool kWhole = kTotal % (kBatch * Config::kThreads) == 0;
+  constexpr int kBatch = 2;
+  static_assert(kTotal % Config::kThreads == 0 || D == 96, "whole rounds");
   bool has_low = false;
 #pragma unroll 1
   for (int first = threadIdx.x; first < kTotal; first += kBatch * Config::kThreads) {
-    float4 v[kBatch][2];
+    float2 v[kBatch][4];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // all in flight together
-      const int index = first + i * Config::kThreads;
-      if (!kWhole && index >= kTotal) break;
-      const int panel = index / (Panel::kRows * kChunks), local = index % (Panel::kRows * kChunks);
-      const auto* src = reinterpret_cast<const float4*>(
-          rotation + Panel::by_quarter(panel, local / kChunks) * D + 8 * (local % kChunks));
-      v[i][0] = __ldg(src);
-      v[i][1] = __ldg(src + 1);
+      const int index = min(first + i * Config::kThreads, kTotal - 1);
+      const int column = index / kChunks, chunk = index % kChunks;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        v[i][pair] = __ldg(reinterpret_cast<const float2*>(
+            rotation + Config::column_dim(column) * D + Config::k_dim(chunk, pair)));
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * Config::kThreads;
-      if (!kWhole && index >= kTotal) break;
-      const int panel = index / (Panel::kRows * kChunks), local = index % (Panel::kRows * kChunks);
-      const uint32_t at =
-          smem + panel * Panel::kBytes + HalfTile<D>::offset(local / kChunks, local % kChunks);
-      const float x[8] = {v[i][0].x, v[i][0].y, v[i][0].z, v[i][0].w,
-                          v[i][1].x, v[i][1].y, v[i][1].z, v[i][1].w};
-      uint32_t high[4], low[4];
+    for (int i = 0; i < kBatch; ++i) {  // the last chunk may be written twice, with the same bytes
+      const int index = min(first + i * Config::kThreads, kTotal - 1);
+      const int at = Config::Matrix::offset(index / kChunks, index % kChunks);
+      uint32_t h[4], l[4];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float a = __fdividef(x[2 * w], unit), b = __fdividef(x[2 * w + 1], unit);
-        high[w] = ptx::pack_f16x2(a, b);
-        const float2 h = unpack_pair(high[w], DType::kFloat16);
-        has_low |= a != h.x || b != h.y;
-        low[w] = ptx::pack_f16x2(a - h.x, b - h.y);
+      for (int pair = 0; pair < 4; ++pair) {
+        const float a = __fdividef(v[i][pair].x, unit), b = __fdividef(v[i][pair].y, unit);
+        h[pair] = ptx::pack_f16x2(a, b);
+        const float2 rounded = unpack_pair(h[pair], DType::kFloat16);
+        has_low |= a != rounded.x || b != rounded.y;
+        l[pair] = ptx::pack_f16x2(a - rounded.x, b - rounded.y);
       }
-      ptx::st_shared_v4(at, high[0], high[1], high[2], high[3]);
-      if (Config::kHoldsLow) {
-        ptx::st_shared_v4(at + Config::kPartBytes, low[0], low[1], low[2], low[3]);
-      }
+      if (high != 0) ptx::st_shared_v4(high + at, h[0], h[1], h[2], h[3]);
+      if (low != 0) ptx::st_shared_v4(low + at, l[0], l[1], l[2], l[3]);
     }
   }
   return has_low;
 }
 
-// The lane's fragments and row scales to the image of its CTA.
-template <typename Config>
-__device__ __forceinline__ void write_query_image(const AttentionParams& p,
-                                                  const sm80::QueryFragments<Config>& q,
-                                                  uint8_t* image) {
-  constexpr int D = Config::D;
-  using Image = QueryImage<D>;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const float unit = p.k_code_scale * fabsf(p.sm_scale) * sm80::kLog2e;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = threadIdx.x / 32 * Config::kWarpRows + g + 8 * i;
-    if constexpr (D % 64 == 0) {  // whole chunks
-#pragma unroll
-      for (int s = 0; s < D / 32; s += 2) {
-        const int dim = t * (D / 4) + 8 * s;  // query_dim: a lane has a quarter of the dims
-        *reinterpret_cast<uint4*>(image + Image::Codes::offset(row, dim / 16)) =
-            make_uint4(q.a[0][s][i], q.a[0][s][2 + i], q.a[0][s + 1][i], q.a[0][s + 1][2 + i]);
-      }
-    } else {
-#pragma unroll
-      for (int s = 0; s < D / 32; ++s) {
-        const int dim = t * (D / 4) + 8 * s;
-        *reinterpret_cast<uint2*>(image + Image::Codes::offset(row, dim / 16) + dim % 16) =
-            make_uint2(q.a[0][s][i], q.a[0][s][2 + i]);
-      }
-    }
-    if (t == 0) {
-      float scale = q.scale[i] * unit;
-      if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
-      *reinterpret_cast<float*>(image + Image::kScales + 4 * row) = scale;
-    }
-  }
-}
+// The lane's two rows as loaded: chunk b of a q to be rotated is dims 32 b + 8 t .. + 7, of a rotated
+// one dims 8 b .. + 7 of its quarter.
+template <int D>
+struct RawRows {
+  uint4 chunk[2][D / 32];
+};
 
-// Starts the copy of the 16 rows of this warp to shared memory, zeros where there is none.  Returns
-// whether the image exists.
+// False if there is no such image.
 template <typename Config>
-__device__ __forceinline__ bool copy_rows(const AttentionParams& p, int index, int num_images,
-                                          uint32_t rows) {
-  constexpr int kChunks = Config::D / 8;
+__device__ __forceinline__ bool load_rows(const AttentionParams& p, int index, int num_images,
+                                          RawRows<Config::D>& raw) {
+  constexpr int D = Config::D;
   if (index >= num_images) return false;
   const int heads = p.cache.num_kv_heads, group = p.num_q_heads / heads;
   const int slot = index / heads, kv_head = index - slot * heads;
   const PrefillTile tile =
       find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
   if (tile.seq < 0) return false;
-  const bool aligned16 = sm80::query_aligned16(p);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll 1
-  for (int i = lane; i < Config::kWarpRows * kChunks; i += 32) {
-    const int local = i / kChunks, chunk = i % kChunks;
-    const int row = tile.first_row + warp * Config::kWarpRows + local;
+  const bool rotates = p.q_rotation != nullptr;
+  const bool aligned16 =
+      (reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) | (p.q_head_stride * 2)) % 16 == 0;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = tile.first_row + threadIdx.x / 32 * 16 + g + 8 * i;
     const int token = row / group;
-    const uint32_t dst = rows + HalfTile<Config::D>::offset(local, chunk);
     const uint16_t* src = static_cast<const uint16_t*>(p.q) +
                           (tile.q_begin + token) * p.q_token_stride +
-                          (kv_head * group + row - token * group) * p.q_head_stride + 8 * chunk;
-    if (token >= tile.q_len) {
-      ptx::st_shared_v4(dst, 0, 0, 0, 0);
-    } else if (aligned16) {
-      ptx::cp_async<16>(dst, src);
-    } else {
-      const uint4 raw = load_raw8(src, false);
-      ptx::st_shared_v4(dst, raw.x, raw.y, raw.z, raw.w);
+                          (kv_head * group + row - token * group) * p.q_head_stride +
+                          t * (rotates ? 8 : D / 4);
+    const int step = rotates ? 32 : 8;
+#pragma unroll
+    for (int b = 0; b < D / 32; ++b) {
+      raw.chunk[i][b] = make_uint4(0, 0, 0, 0);
+      if (token < tile.q_len) raw.chunk[i][b] = load_raw8(src + b * step, aligned16);
     }
   }
   return true;
 }
 
-// c = q_rot of the warp's rows in shared memory, times row.scale / unit.
+// Issues c (+)= q M for one part of the matrix.
 template <typename Config>
-__device__ __forceinline__ void rotate_rows(const AttentionParams& p, uint32_t rows,
-                                            uint32_t rotation, bool any_low, QueryRow (&row)[2],
-                                            float (&c)[1][Config::D / 8][4]) {
+__device__ __forceinline__ void issue_rotation(const RawRows<Config::D>& raw, uint32_t matrix,
+                                               bool accumulate, float (&c)[Config::kRegs]) {
+#pragma unroll
+  for (int step = 0; step < Config::kSteps; ++step) {
+    const uint4& x = raw.chunk[0][step / 2];
+    const uint4& y = raw.chunk[1][step / 2];
+    const uint32_t a[4] = {step % 2 ? x.z : x.x, step % 2 ? y.z : y.x, step % 2 ? x.w : x.y,
+                           step % 2 ? y.w : y.y};
+    const uint64_t b = ptx::wgmma_descriptor(
+        matrix + step / 4 * Config::Matrix::kPanelBytes + step % 4 * 32, 16, 1024,
+        ptx::WgmmaSwizzle::k128B);
+    ptx::wgmma_f16<false>(c, a, b, accumulate || step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// c, which holds q_rot * row_scale / unit, to the image of this CTA: codes and row scales.
+template <typename Config>
+__device__ __forceinline__ void write_query(const AttentionParams& p, float unit,
+                                            const float (&row_scale)[2],
+                                            const float (&c)[Config::kRegs], uint8_t* image) {
   constexpr int D = Config::D;
-  using Panel = typename Config::Panel;
+  using Image = QueryImage<D>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const auto chunk = [&](int i, int which) {
-    return ptx::ld_shared_v4(rows + HalfTile<D>::offset(g + 8 * i, which));
-  };
-  if (p.q_rotation == nullptr) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 2; ++i) {
+    const int row = threadIdx.x / 32 * 16 + g + 8 * i;
+    float largest = 0.f;
 #pragma unroll
-      for (int s = 0; s < D / 32; ++s) {
-        sm80::unpack_rotated<Config>(chunk(i, t * (D / 32) + s), p.dtype, i, s, c);
+    for (int j = 0; j < D / 8; ++j) {
+      largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[4 * j + 2 * i]),
+                                                   fabsf(c[4 * j + 2 * i + 1])));
+    }
+    largest = quad_max_nan(largest);
+    // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
+    const float step = largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
+    // A negative sm_scale goes into the codes: the running maximum needs positive row scales.
+    const float signed_step = p.sm_scale < 0.f ? -step : step;
+    const float inverse = largest < 1e-30f ? 0.f : __frcp_rn(signed_step);
+    uint32_t words[D / 16];
+#pragma unroll
+    for (int w = 0; w < D / 16; ++w) {
+      uint32_t code[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float v = c[4 * (2 * w + e / 2) + 2 * i + e % 2];
+        // v / step, correctly rounded but for a few cases in a million: fp16 inputs hit exact ties,
+        // which a plain product with the reciprocal would break either way.  |v / step| <= 127, so
+        // that adding 3 * 2^22 leaves the rounded quotient in the low byte.
+        const float estimate = v * inverse;
+        const float quotient = fmaf(fmaf(-estimate, signed_step, v), inverse, estimate);
+        code[e] = __float_as_uint(quotient + 12582912.f);
+      }
+      words[w] = ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040),
+                           0x5410);
+    }
+    if constexpr (D % 64 == 0) {  // a quarter is whole chunks
+#pragma unroll
+      for (int w = 0; w < D / 16; w += 4) {
+        *reinterpret_cast<uint4*>(image + Image::Codes::offset(row, (t * (D / 4) + 4 * w) / 16)) =
+            make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < D / 16; w += 2) {
+        const int dim = t * (D / 4) + 4 * w;
+        *reinterpret_cast<uint2*>(image + Image::Codes::offset(row, dim / 16) + dim % 16) =
+            make_uint2(words[w], words[w + 1]);
       }
     }
-    return;
-  }
-  if (p.dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float largest = 0.f;
-#pragma unroll
-      for (int kb = 0; kb < D / 32; ++kb) {
-        largest = fmaxf(largest, largest_of8(chunk(i, 4 * kb + t), p.dtype));
-      }
-      row[i].scale = fp16_row_scale(quad_max_nan(largest));
+    if (t == 0) {
+      float scale = __fdiv_rn(step * unit, row_scale[i]) *
+                    (p.k_code_scale * fabsf(p.sm_scale) * sm80::kLog2e);
+      if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
+      *reinterpret_cast<float*>(image + Image::kScales + 4 * row) = scale;
     }
   }
-  const auto load = [&](int i, int kb, uint32_t (&a)[4]) {
-    to_fp16(chunk(i, 4 * kb + t), row[i].scale, p.dtype, a);
-  };
-#pragma unroll
-  for (int panel = 0; panel < Panel::kPanels; ++panel) {
-    const uint32_t high = rotation + panel * Panel::kBytes;
-    sm80::multiply_panel<Config, 1>(high, panel, load, c);
-    if (Config::kHoldsLow && any_low) {
-      sm80::multiply_panel<Config, 1>(high + Config::kPartBytes, panel, load, c);
-    }
-  }
-}
-
-// One image by way of load_query, which reads R again for each: dense matrices of D = 256.
-template <typename Config>
-__device__ __forceinline__ bool load_query_of(const AttentionParams& p, uint8_t* shared, int index,
-                                              sm80::QueryFragments<Config>& q) {
-  const int heads = p.cache.num_kv_heads, group = p.num_q_heads / heads;
-  const PrefillTile tile =
-      find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, index / heads);
-  if (tile.seq < 0) return false;
-  __syncthreads();  // the previous image's rows have been read
-  if (threadIdx.x == 0) {
-    sm80::TileInfo info{};
-    info.num_rows = tile.q_len * group;
-    info.first_row = tile.first_row;
-    info.q_begin = tile.q_begin;
-    info.group = group;
-    info.first_head = index % heads * group;
-    *reinterpret_cast<sm80::TileInfo*>(shared + Config::kInfo) = info;
-  }
-  if (threadIdx.x < Config::kRows) {
-    reinterpret_cast<int*>(shared + Config::kRowTokens)[threadIdx.x] =
-        (tile.first_row + static_cast<int>(threadIdx.x)) / group;
-  }
-  __syncthreads();  // info and row tokens are written
-  sm80::load_query<Config>(p, ptx::smem_address(shared), q);
-  return true;
 }
 
 // Image (slot, KV head) at images + (slot * Hkv + head) * QueryImage::kBytes.
@@ -257,6 +236,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
     prepare_queries_kernel(const __grid_constant__ AttentionParams p, uint8_t* images,
                            int num_images, uint8_t* rotation_image, int32_t* counters,
                            int num_counters) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Config = PrepareConfig<D>;
   ptx::allow_dependent_launch();
   if (blockIdx.x == gridDim.x - 1) {
@@ -264,48 +244,88 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
     if (p.out_rotation != nullptr) write_rotation_image<D>(p.out_rotation, rotation_image);
     return ptx::wait_for_predecessor();
   }
-  uint8_t* const shared = ptx::dynamic_shared();
-  const uint32_t rotation = ptx::smem_address(shared) + Config::kBuffers;
+  const uint32_t high =
+      round_up(ptx::smem_address(ptx::dynamic_shared()), static_cast<uint32_t>(Config::kAlign));
+  const uint32_t low = Config::kHoldsLow ? high + Config::Matrix::kBytes : 0;
   const int stride = gridDim.x - 1;
-  const auto image_of = [&](int index) {
-    return images + static_cast<int64_t>(index) * QueryImage<D>::kBytes;
-  };
 
-  const uint32_t rows =
-      rotation + Config::kRotationBytes + threadIdx.x / 32 * Config::kWarpRows * Config::kRowBytes;
-
-  bool exists = copy_rows<Config>(p, blockIdx.x, num_images, rows);
-  ptx::cp_async_commit();
+  RawRows<D> raw;
+  bool exists = load_rows<Config>(p, blockIdx.x, num_images, raw);
   float unit = 1.f;
   bool any_low = false;
   if (p.q_rotation != nullptr) {
     unit = rotation_unit(p.q_rotation);
-    const bool has_low = load_rotation<Config>(rotation, p.q_rotation, unit);
-    any_low = __syncthreads_or(has_low);  // the rotation is complete
+    const bool has_low = load_rotation<Config>(p.q_rotation, unit, high, low);
+    ptx::fence_shared_async();            // the matrix is read by the tensor cores
+    any_low = __syncthreads_or(has_low);  // the matrix is complete
   }
-  const bool in_shared = Config::kHoldsLow || !any_low;
   for (int index = blockIdx.x; index < num_images; index += stride) {
-    sm80::QueryFragments<Config> q;
-    if (in_shared) {
-      const bool now = exists;
-      QueryRow row[2] = {{nullptr, 1.f}, {nullptr, 1.f}};
-      float c[1][D / 8][4] = {};
-      ptx::cp_async_wait<0>();
-      __syncwarp();  // what the other lanes copied is there
-      if (now) rotate_rows<Config>(p, rows, rotation, any_low, row, c);
-      __syncwarp();  // every lane has read the rows
-      exists = copy_rows<Config>(p, index + stride, num_images, rows);
-      ptx::cp_async_commit();
-      if (!now) continue;
-      sm80::finish_query<Config>(p.sm_scale, unit, row, c, q);
-    } else if constexpr (!Config::kHoldsLow) {
-      if (!load_query_of<Config>(p, shared, index, q)) continue;
+    float c[Config::kRegs], row_scale[2] = {1.f, 1.f};
+    if (p.q_rotation == nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int b = 0; b < Config::kBlocks; ++b) {
+          const uint4& x = raw.chunk[i][b];
+          const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+          for (int u = 0; u < 4; ++u) {
+            const float2 v = unpack_pair(words[u], p.dtype);
+            c[4 * (4 * b + u) + 2 * i] = v.y;
+            c[4 * (4 * b + u) + 2 * i + 1] = v.x;
+          }
+        }
+      }
+    } else {
+      if (p.dtype == DType::kBFloat16) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float largest = 0.f;
+#pragma unroll
+          for (int b = 0; b < Config::kBlocks; ++b) {
+            largest = fmaxf(largest, largest_of8(raw.chunk[i][b], p.dtype));
+          }
+          row_scale[i] = fp16_row_scale(quad_max_nan(largest));
+#pragma unroll
+          for (int b = 0; b < Config::kBlocks; ++b) {
+            uint32_t x[4];
+            to_fp16(raw.chunk[i][b], row_scale[i], p.dtype, x);
+            raw.chunk[i][b] = make_uint4(x[0], x[1], x[2], x[3]);
+          }
+        }
+      }
+      ptx::wgmma_fence();
+      issue_rotation<Config>(raw, high, false, c);
+      if (Config::kHoldsLow && any_low) issue_rotation<Config>(raw, low, true, c);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(c);
+      if constexpr (!Config::kHoldsLow) {
+        if (any_low) {  // the parts take turns in shared memory
+          __syncthreads();  // the high part has been read
+          load_rotation<Config>(p.q_rotation, unit, 0, high);
+          ptx::fence_shared_async();
+          __syncthreads();  // the low part is complete
+          ptx::wgmma_fence();
+          issue_rotation<Config>(raw, high, true, c);
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_hold(c);
+          __syncthreads();  // the low part has been read
+          load_rotation<Config>(p.q_rotation, unit, high, 0);
+          ptx::fence_shared_async();
+          __syncthreads();  // the high part is back
+        }
+      }
     }
-    write_query_image<Config>(p, q, image_of(index));
+    const bool now = exists;
+    exists = load_rows<Config>(p, index + stride, num_images, raw);
+    if (now) {
+      write_query<Config>(p, unit, row_scale, c,
+                          images + static_cast<int64_t>(index) * QueryImage<D>::kBytes);
+    }
   }
-  ptx::cp_async_wait<0>();
   // The end of this kernel stands for the end of those before it.
   ptx::wait_for_predecessor();
+#endif
 }
 
 }  // namespace tq4::sm90

@@ -403,7 +403,9 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& 
       if (tile == 0) release(smem + Config::query_empty());
       const bool moved = tile_softmax(tile, key.stage);
       key.advance<Config::kStages>();
-      ptx::wgmma_hold(x);  // the compiler would move the exponentials behind the wait
+      // A branch that is never taken, on something that needs every exponential: without it ptxas
+      // moves them behind the wait, where they no longer run beside the product.
+      if (rows.l[0] + rows.l[1] < 0.f) asm volatile("nanosleep.u32 1;" ::: "memory");
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(o);
       release(smem + Config::value_empty(value.stage));

@@ -16,40 +16,43 @@ using sm80::kLn2;
 using sm80::kLog2e;
 using sm80::kMinusHuge;
 
-// A K-major operand in shared memory, k steps of 32 bytes.
-template <typename Image, int D>
-__device__ __forceinline__ uint64_t key_descriptor(uint32_t address, int step) {
+// A K-major operand in shared memory, and where its k step (32 bytes) lies.
+template <typename Image>
+__device__ __forceinline__ uint64_t key_descriptor(uint32_t address) {
   constexpr ptx::WgmmaSwizzle kSwizzle =
       Image::kRowBytes == 64 ? ptx::WgmmaSwizzle::k64B : ptx::WgmmaSwizzle::k128B;
-  const uint32_t at = address + step / 4 * Image::kPanelBytes + step % 4 * 32;
-  return ptx::wgmma_descriptor(at, 16, 8 * Image::kRowBytes, kSwizzle);
+  return ptx::wgmma_descriptor(address, 16, 8 * Image::kRowBytes, kSwizzle);
 }
 
-// An MN-major operand, k steps of 16 rows.
 template <typename Image>
-__device__ __forceinline__ uint64_t value_descriptor(uint32_t address, int step) {
-  return ptx::wgmma_descriptor(address + step * 16 * 128, Image::kPanelBytes, 8 * 128,
-                               ptx::WgmmaSwizzle::k128B);
+TQ4_HOST_DEVICE constexpr int key_step(int step) {
+  return step / 4 * Image::kPanelBytes + step % 4 * 32;
 }
 
 // Issues S = Q K^T of a warpgroup's 64 rows and one tile.
 template <int D, int kRegs>
 __device__ __forceinline__ void issue_qk(uint32_t queries, uint32_t keys, int32_t (&s)[kRegs]) {
+  using Query = typename QueryImage<D>::Codes;
+  using Key = typename WgmmaImage<D>::Key;
+  const uint64_t a = key_descriptor<Query>(queries), b = key_descriptor<Key>(keys);
 #pragma unroll
   for (int step = 0; step < D / 32; ++step) {
-    ptx::wgmma_s8(s, key_descriptor<typename QueryImage<D>::Codes, D>(queries, step),
-                  key_descriptor<typename WgmmaImage<D>::Key, D>(keys, step), step > 0);
+    ptx::wgmma_s8(s, ptx::wgmma_advance(a, key_step<Query>(step)),
+                  ptx::wgmma_advance(b, key_step<Key>(step)), step > 0);
   }
   ptx::wgmma_commit();
 }
 
-// Issues O += A B of `kSteps` k steps; A in registers, B rows of `Image::Value`.
+// Issues O += A B of `kSteps` k steps of 16; A in registers, B rows of `Image::Value`.
 template <typename Value, int kSteps, int kRegs>
 __device__ __forceinline__ void issue_values(const uint32_t (&a)[kSteps][4], uint32_t rows,
                                              float (&o)[kRegs], bool accumulate) {
+  const uint64_t b =
+      ptx::wgmma_descriptor(rows, Value::kPanelBytes, 8 * 128, ptx::WgmmaSwizzle::k128B);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    ptx::wgmma_f16(o, a[step], value_descriptor<Value>(rows, step), step > 0 || accumulate);
+    ptx::wgmma_f16<true>(o, a[step], ptx::wgmma_advance(b, step * 16 * 128),
+                         step > 0 || accumulate);
   }
   ptx::wgmma_commit();
 }

@@ -38,7 +38,7 @@ void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Str
   const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
   const int64_t blocks = ceil_div<int64_t>(rows, kPrepareRows);
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 2 * p.num_sms)));
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, p.num_sms)));
     launch_kernel(decode_prepare_kernel<d>, grid, dim3(PrepareConfig<d>::kThreads), 0, stream, p,
                   plan);
   });
@@ -48,8 +48,7 @@ void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Str
   const int64_t rows = static_cast<int64_t>(p.num_seqs) * p.max_query_len * p.num_q_heads;
   // As few rows a block as fill the device, in powers of two.
   int rows_per_block = 1;
-  while (rows_per_block < kCombineMaxRows &&
-         rows > static_cast<int64_t>(rows_per_block) * p.num_sms) {
+  while (rows_per_block < kCombineRows && rows > static_cast<int64_t>(rows_per_block) * p.num_sms) {
     rows_per_block *= 2;
   }
   const int64_t blocks = ceil_div<int64_t>(rows, rows_per_block);

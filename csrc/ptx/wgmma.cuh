@@ -19,8 +19,20 @@ enum class WgmmaSwizzle : uint64_t { k128B = 1, k64B = 2 };
 // columns.  The swizzle repeats every 8 rows; tiles are aligned to that.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t leading,
                                                      uint32_t stride, WgmmaSwizzle swizzle) {
-  return static_cast<uint64_t>(address >> 4 & 0x3fff) | static_cast<uint64_t>(leading >> 4) << 16 |
+  return static_cast<uint64_t>(address >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
+}
+
+// The descriptor of what lies `bytes` further on.  Addresses of shared memory fit in their field, so
+// that a sum of the whole number is a sum of addresses.
+__device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
+
+// Writes of this thread to shared memory come before what the tensor cores and the copy engine read
+// after the next barrier (PTX ISA, "Async proxy").
+__device__ __forceinline__ void fence_shared_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Registers and shared memory written so far may be read by the products that follow.
@@ -54,7 +66,8 @@ __device__ __forceinline__ void wgmma_hold(T (&d)[kCount]) {
 
 // The wrappers of one shape each.  `accumulate` false: D = A B, else D += A B.
 //   wgmma_s8   A and B s8 in shared memory, both K-major, k = 32; exact
-//   wgmma_f16  A f16 in registers, B f16 in shared memory, MN-major, k = 16; fp32 accumulation
+//   wgmma_f16  A f16 in registers, B f16 in shared memory, K-major or (transposed) MN-major, k = 16;
+//              fp32 accumulation
 
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], uint64_t a, uint64_t b,
                                          bool accumulate) {
@@ -118,6 +131,7 @@ __device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t 
       : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)));
 }
 
+template <bool kTransposed>
 __device__ __forceinline__ void wgmma_f16(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate) {
   asm volatile(
@@ -129,7 +143,7 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[32], const uint32_t (&a)[4]
       "%8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, "
       "%24, %25, %26, %27, %28, %29, %30, %31"
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n"
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n"
       "}\n"
       :
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
@@ -140,9 +154,11 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[32], const uint32_t (&a)[4]
         "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)),
+        "n"(kTransposed ? 1 : 0));
 }
 
+template <bool kTransposed>
 __device__ __forceinline__ void wgmma_f16(float (&d)[48], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate) {
   asm volatile(
@@ -156,7 +172,7 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[48], const uint32_t (&a)[4]
       "%24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, "
       "%40, %41, %42, %43, %44, %45, %46, %47"
-      "}, {%48, %49, %50, %51}, %52, p, 1, 1, 1;\n"
+      "}, {%48, %49, %50, %51}, %52, p, 1, 1, %54;\n"
       "}\n"
       :
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
@@ -171,9 +187,11 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[48], const uint32_t (&a)[4]
         "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
         "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
         "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)),
+        "n"(kTransposed ? 1 : 0));
 }
 
+template <bool kTransposed>
 __device__ __forceinline__ void wgmma_f16(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate) {
   asm volatile(
@@ -189,7 +207,7 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[64], const uint32_t (&a)[4]
       "%40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, "
       "%56, %57, %58, %59, %60, %61, %62, %63"
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n"
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n"
       "}\n"
       :
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
@@ -208,9 +226,11 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[64], const uint32_t (&a)[4]
         "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
         "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)),
+        "n"(kTransposed ? 1 : 0));
 }
 
+template <bool kTransposed>
 __device__ __forceinline__ void wgmma_f16(float (&d)[128], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate) {
   asm volatile(
@@ -234,7 +254,7 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[128], const uint32_t (&a)[4
       "%104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, "
       "%120, %121, %122, %123, %124, %125, %126, %127"
-      "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1;\n"
+      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n"
       "}\n"
       :
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
@@ -269,7 +289,8 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[128], const uint32_t (&a)[4
         "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
         "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]),
         "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)),
+        "n"(kTransposed ? 1 : 0));
 }
 
 }  // namespace tq4::ptx
