@@ -89,6 +89,8 @@ def test_portable_kernels_are_there_for_every_plain_architecture(instructions):
             "decode_combine_kernel",
             "encode_kernel",
             "expand_kernel",
+            "prefill_tiles_kernel",
+            "expand_tiles_kernel",
         ):
             assert any(kernel in name for name in names[arch]), (arch, kernel)
     portable = set.intersection(*names.values())
@@ -113,6 +115,30 @@ def test_int8_prefill_uses_both_tensor_core_products(instructions):
     everything = {(head_dim, int8) for head_dim in HEAD_DIMS for int8 in (False, True)}
     plain, _ = _built_archs()
     assert dict(found) == {arch: everything for arch in plain}
+
+
+def test_prefill_from_tiles_only_copies_and_multiplies(instructions):
+    """The kernel that reads unpacked tiles has both products and no byte permutes in quantity."""
+    found = defaultdict(set)
+    for (arch, name), counts in instructions.items():
+        match = re.search(r"sm80.*prefill_tiles_kernel.*PrefillConfigILi(\d+)ELb1ELb1E", name)
+        if match is None:
+            continue
+        found[arch].add(int(match.group(1)))
+        assert counts["HMMA.16816.F32"] > 0 and counts["IMMA.16832.S8.S8"] > 0, (arch, name)
+        total = Counter()
+        for code, n in counts.items():
+            total[code.split(".")[0]] += n
+        assert total["LDGSTS"] > 0, (arch, name)
+        pages = next(
+            c
+            for (a, other), c in instructions.items()
+            if a == arch and re.search(rf"prefill_kernel.*PrefillConfigILi{match.group(1)}ELb1E", other)
+        )
+        unpacking = sum(n for code, n in pages.items() if code.startswith("PRMT"))
+        assert total["PRMT"] < unpacking - 40, (arch, name, total["PRMT"], unpacking)
+    plain, _ = _built_archs()
+    assert dict(found) == {arch: set(HEAD_DIMS) for arch in plain}
 
 
 def test_no_kernel_touches_local_memory(instructions):

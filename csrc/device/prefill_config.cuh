@@ -13,10 +13,14 @@
 
 namespace tq4::sm80 {
 
-template <int D_, bool kInt8_>
+// kTiles: K and V come as images of unpacked tiles (prefill_image.cuh), INT8 only; else as pages,
+// unpacked by the kernel itself.
+template <int D_, bool kInt8_, bool kTiles_ = false>
 struct PrefillConfig {
   static constexpr int D = D_;
   static constexpr bool kInt8 = kInt8_;
+  static constexpr bool kTiles = kTiles_;
+  static_assert(kInt8 || !kTiles, "images hold int8 keys");
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
   // 32-row warps halve the shared-memory reads a row; beyond D = 128, and with fp16 q fragments,
@@ -26,7 +30,11 @@ struct PrefillConfig {
   static constexpr int kRows = kWarps * kWarpRows;
   static constexpr int kTile = D <= 128 ? 64 : 32;  // tokens unpacked at once
   static constexpr int kInner = 32;                 // tokens a softmax step; 64 spills
-  static constexpr int kStages = 3;
+  // Sums of the probabilities by a product with ones: 4 % more MMAs for 9 % fewer instructions, and
+  // the numerator and the denominator see the same rounding.
+  static constexpr bool kSumByMma = kTiles;
+  static constexpr int kColumns = kInner / 8;  // MMA tiles along the tokens of a step
+  static constexpr int kStages = 3;            // raw tiles, or images
 
   static constexpr int kThreadsPerToken = kThreads / kTile;
   static constexpr int kCodeBytes = D / 2;
@@ -40,13 +48,20 @@ struct PrefillConfig {
 
   // Byte offsets in shared memory.
   static constexpr int kRawBytes = kTile * (2 * kCodeBytes + 8);
-  static constexpr int kKeyBytes = kTile * Key::kRowBytes;
-  static constexpr int kValueBytes = kTile * Value::kRowBytes;
   static constexpr int kAlign = 512;  // longest row: the swizzles XOR addresses within a row
-  static constexpr int kBufferBytes = round_up(kKeyBytes + kValueBytes + kTile * 8, kAlign);
+  // A page kernel's buffer is K tile | V tile | column scales.  An image is cut into steps that
+  // have all three each: one address then leads to everything of a step.
+  static constexpr int kPartTokens = kTiles ? kInner : kTile;
+  static constexpr int kValuePart = kPartTokens * Key::kRowBytes;
+  static constexpr int kScalePart = kValuePart + kPartTokens * Value::kRowBytes;
+  static constexpr int kScaleBytes = kTiles ? 4 : 8;  // norm; with -magic * norm
+  static constexpr int kPartBytes = round_up(kScalePart + kPartTokens * kScaleBytes, kAlign);
+  static constexpr int kParts = kTile / kPartTokens;
+  static constexpr int kBufferBytes = kParts * kPartBytes;
   static constexpr int kTables = 0;                                       // CodebookTables
+  static constexpr int kRingBarriers = kTables;                           // with kTiles
   static constexpr int kInfo = 96;                                        // TileInfo
-  static constexpr int kPageInfo = 128;                                   // PageInfo
+  static constexpr int kPageInfo = 128;                                   // PageInfo or ImageInfo
   static constexpr int kWarpKeys = 160;                                   // WarpKeys [kWarps]
   static constexpr int kRowTokens = 288;                                  // int [kRows]
   static constexpr int kRowStates = round_up(kRowTokens + 4 * kRows, 8);  // RowState [kRows]
@@ -54,12 +69,18 @@ struct PrefillConfig {
   static constexpr int kPages = kSlots + 16 * kThreads;                   // int [kPageSlots][kTile]
   static constexpr int kPageSlots = kStages + 1;
   static constexpr int kRaw = kPages + 4 * kPageSlots * kTile;
-  static constexpr int kBuffers = round_up(kRaw + kStages * kRawBytes, kAlign);
-  static constexpr int kOverlay =
-      2 * kBufferBytes > RotationPanel<D>::kBytes ? 2 * kBufferBytes : RotationPanel<D>::kBytes;
-  static constexpr int kSmemBytes = kBuffers + kOverlay;
+  static constexpr int kLaneOffsets = kSlots;  // uint32_t [kThreads], with kTiles
+  static constexpr int kBuffers =
+      round_up(kTiles ? kLaneOffsets + 4 * kThreads : kRaw + kStages * kRawBytes, kAlign);
+  static constexpr int kNumBuffers = kTiles ? kStages : 2;
+  // A panel of the rotation matrix takes the tiles' place before and after the main loop; images
+  // leave room to load the first two of them before q has been rotated.
+  static constexpr int kPanel = kBuffers + (kTiles ? 2 * kBufferBytes : 0);
+  static constexpr int kBuffersEnd = kBuffers + kNumBuffers * kBufferBytes;
+  static constexpr int kPanelEnd = kPanel + RotationPanel<D>::kBytes;
+  static constexpr int kSmemBytes = kBuffersEnd > kPanelEnd ? kBuffersEnd : kPanelEnd;
   static_assert(kSmemBytes <= 99 * 1024, "sm_86 and sm_89 offer 99 KB a CTA");
-  static_assert(kKeyBytes % kAlign == 0, "the V tile starts aligned");
+  static_assert(kValuePart % kAlign == 0, "the V tile starts aligned");
 };
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -75,8 +96,10 @@ constexpr int32_t kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.f;
 
 // First dim of chunk `chunk` of the V tile (and of O): the inverse of unpack_tile's chunk order.
+// Images are in natural order.
 template <typename Config>
 TQ4_HOST_DEVICE constexpr int value_dim(int chunk) {
+  if (Config::kTiles) return 8 * chunk;
   return chunk % Config::kThreadsPerToken * (Config::D / Config::kThreadsPerToken) +
          chunk / Config::kThreadsPerToken * 8;
 }
@@ -99,7 +122,21 @@ static_assert(sizeof(TileInfo) == 32, "fits its place in shared memory");
 // [full_begin, full_end) are seen whole by every row.
 struct WarpKeys {
   int begin, end, full_begin, full_end;
+
+  // Anything of the `count` keys from `first` on?
+  __device__ __forceinline__ bool sees(int first, int count) const {
+    return first < end && first + count > begin;
+  }
 };
+
+// The keys of this thread's warp: read where needed, like TileInfo.
+template <typename Config>
+__device__ __forceinline__ WarpKeys warp_keys(uint32_t smem) {
+  const uint4 words =
+      ptx::ld_shared_v4(smem + Config::kWarpKeys + 16 * (ptx::thread_idx_volatile() / 32));
+  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z),
+          static_cast<int>(words.w)};
+}
 
 // The rows a lane sees: index 2 mt + i is row 16 mt + 8 i + lane / 4 of the warp.
 template <typename Config>
@@ -133,7 +170,8 @@ __device__ __forceinline__ LaneRows<Config> lane_rows(uint32_t smem) {
   const int row = thread / 32 * Config::kWarpRows + thread % 32 / 4;
   return {tile_info<Config>(smem, offsetof(TileInfo, first_row)) + row,
           tile_info<Config>(smem, offsetof(TileInfo, num_rows)),
-          tile_info<Config>(smem, offsetof(TileInfo, group)), smem + Config::kRowTokens + 4 * row};
+          tile_info<Config>(smem, offsetof(TileInfo, group)),
+          ptx::opaque(smem) + Config::kRowTokens + 4 * row};
 }
 
 }  // namespace tq4::sm80

@@ -195,7 +195,7 @@ __device__ __forceinline__ void unpack_tile(uint32_t smem, int tile) {
   const float v_unit = ptx::ld_shared_f32(table + offsetof(CodebookTables, v_unit));
   const float v_norm = valid ? ptx::ld_shared_f32(norms + 4 * Config::kTile) * v_unit : 0.f;
   const uint32_t v_norm2 = ptx::pack_f16x2(v_norm, v_norm);
-  const uint32_t value = buffer + Config::kKeyBytes + (slot.y >> 16);
+  const uint32_t value = buffer + Config::kValuePart + (slot.y >> 16);
   read_words(stage + slot.x + Config::kTile * Config::kCodeBytes, words);
   const ByteTable high = read_table(offsetof(CodebookTables, v_high));
   const ByteTable low = read_table(offsetof(CodebookTables, v_low));
@@ -212,7 +212,7 @@ __device__ __forceinline__ void unpack_tile(uint32_t smem, int tile) {
     // Two mantissa bits fewer (2^-21 relative): kMagic = 3 * 2^22, so kMagic * norm is then exact
     // and the subtraction inside the FMA leaves no error in the score.
     const float k_norm = valid ? __uint_as_float(ptx::ld_shared_u32(norms) & ~3u) : 0.f;
-    const uint32_t scales = buffer + Config::kKeyBytes + Config::kValueBytes + 8 * row;
+    const uint32_t scales = buffer + Config::kScalePart + 8 * row;
     ptx::st_shared_v2(scales, __float_as_uint(k_norm), __float_as_uint(-kMagic * k_norm));
   }
 }

@@ -34,18 +34,18 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
   const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
-  const uint32_t panel_smem = smem + Config::kBuffers;
+  // Opaque: not to be kept in a register since the rotation of q.
+  const uint32_t panel_smem = ptx::opaque(smem + Config::kPanel);
   using Panel = RotationPanel<D>;
-  const int lane = threadIdx.x % 32, t = threadIdx.x % 4;
+  const int lane = ptx::thread_idx_volatile() % 32, t = lane % 4;
   const bool aligned4 =
       (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) | (p.out_head_stride * 2)) %
           4 ==
       0;
+  float inv[2 * Config::kMTiles];
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    float l = state.l[i];
-    l += __shfl_xor_sync(0xffffffffu, l, 1);
-    l += __shfl_xor_sync(0xffffffffu, l, 2);
+    float l = row_sum<Config>(state, i);
     const float own_m = load_row_state<Config>(row_state_address<Config>(smem), i).m;
     float factor = 1.f, m = own_m;
     if (rows.valid(i)) {
@@ -63,16 +63,11 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
             l == 0.f ? -INFINITY : (m + log2f(l)) * kLn2;
       }
     }
-    const float inv = l == 0.f ? 0.f : __fdiv_rn(factor, l);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      o[i / 2][j][2 * (i % 2)] *= inv;
-      o[i / 2][j][2 * (i % 2) + 1] *= inv;
-    }
+    inv[i] = l == 0.f ? 0.f : __fdiv_rn(factor, l);
   }
 
   // Row pointers are made here, not above: their registers are needed by the rotation.
-  const auto store_rows = [&](auto dim_of) {
+  const auto store_rows = [&](auto dim_of, const float (&factor)[2 * Config::kMTiles]) {
     const LaneRows<Config> rows = lane_rows<Config>(smem);
     const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
     const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
@@ -85,13 +80,13 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
                       (first_head + rows.head(i, token)) * p.out_head_stride;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        store_pair(dst + dim_of(j) + 2 * t, o[i / 2][j][2 * (i % 2)], o[i / 2][j][2 * (i % 2) + 1],
-                   p.dtype, aligned4);
+        store_pair(dst + dim_of(j) + 2 * t, o[i / 2][j][2 * (i % 2)] * factor[i],
+                   o[i / 2][j][2 * (i % 2) + 1] * factor[i], p.dtype, aligned4);
       }
     }
   };
   if (p.out_rotation == nullptr) {
-    store_rows([](int j) { return value_dim<Config>(j); });
+    store_rows([](int j) { return value_dim<Config>(j); }, inv);
     return;
   }
 
@@ -101,10 +96,14 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
   for (int mt = 0; mt < Config::kMTiles; ++mt) {
 #pragma unroll
     for (int ks = 0; ks < D / 16; ++ks) {
-      a[mt][ks][0] = ptx::pack_f16x2(o[mt][2 * ks][0], o[mt][2 * ks][1]);
-      a[mt][ks][1] = ptx::pack_f16x2(o[mt][2 * ks][2], o[mt][2 * ks][3]);
-      a[mt][ks][2] = ptx::pack_f16x2(o[mt][2 * ks + 1][0], o[mt][2 * ks + 1][1]);
-      a[mt][ks][3] = ptx::pack_f16x2(o[mt][2 * ks + 1][2], o[mt][2 * ks + 1][3]);
+      a[mt][ks][0] =
+          ptx::pack_f16x2(o[mt][2 * ks][0] * inv[2 * mt], o[mt][2 * ks][1] * inv[2 * mt]);
+      a[mt][ks][1] =
+          ptx::pack_f16x2(o[mt][2 * ks][2] * inv[2 * mt + 1], o[mt][2 * ks][3] * inv[2 * mt + 1]);
+      a[mt][ks][2] =
+          ptx::pack_f16x2(o[mt][2 * ks + 1][0] * inv[2 * mt], o[mt][2 * ks + 1][1] * inv[2 * mt]);
+      a[mt][ks][3] = ptx::pack_f16x2(o[mt][2 * ks + 1][2] * inv[2 * mt + 1],
+                                     o[mt][2 * ks + 1][3] * inv[2 * mt + 1]);
     }
   }
 #pragma unroll
@@ -138,7 +137,9 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
       }
     }
   }
-  store_rows([](int j) { return 8 * j; });
+#pragma unroll
+  for (float& factor : inv) factor = 1.f;
+  store_rows([](int j) { return 8 * j; }, inv);
 }
 
 }  // namespace tq4::sm80

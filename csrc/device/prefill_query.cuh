@@ -108,8 +108,8 @@ __device__ __forceinline__ bool query_aligned16(const AttentionParams& p) {
          0;
 }
 
-// c += q R^T for one panel of R, of which `panel_smem` holds the high or the low part.  load(i, kb, a)
-// gives dims 32 kb + 8 t .. + 7 of the lane's row i as fp16.
+// c += q R^T for one panel of R, of which `panel_smem` holds the high or the low part.  load(i, kb,
+// a) gives dims 32 kb + 8 t .. + 7 of the lane's row i as fp16.
 template <typename Config, int kUnroll, typename Load>
 __device__ __forceinline__ void multiply_panel(uint32_t panel_smem, int panel, Load load,
                                                float (&c)[Config::kMTiles][Config::D / 8][4]) {
@@ -188,7 +188,7 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
                                            QueryFragments<Config>& q) {
   constexpr int D = Config::D;
   using Panel = RotationPanel<D>;
-  const uint32_t panel_smem = smem + Config::kBuffers;
+  const uint32_t panel_smem = smem + Config::kPanel;
   const bool aligned16 = query_aligned16(p);
   QueryRow row[2 * Config::kMTiles];
   find_query_rows<Config>(p, smem, row);
@@ -199,7 +199,7 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
 #pragma unroll
     for (int i = 0; i < 2 * Config::kMTiles; ++i) find_row_scale<D>(row[i], p.dtype, aligned16);
     unit = rotation_unit(p.q_rotation);
-    const auto load = [&](int i, int kb, uint32_t(&a)[4]) {
+    const auto load = [&](int i, int kb, uint32_t (&a)[4]) {
       load_row_fp16(row[i], 32 * kb + 8 * (threadIdx.x % 4), p.dtype, aligned16, a);
     };
     const auto panel_rows = [](int panel) {

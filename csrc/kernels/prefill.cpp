@@ -9,15 +9,20 @@ namespace {
 // Query rows of a KV head that pay for writing its keys out unpacked (docs/tuning.md).
 constexpr int64_t kMinRowsUnpackedAhead = 512;
 
+#ifdef TQ4_HAS_SM90A
+// It always unpacks ahead.
+bool takes_wgmma(const AttentionParams& p) { return p.arch == 90 && p.path == Path::kAuto; }
+#endif
+
 // Bytes of workspace with which the keys are unpacked ahead; 0: in the kernel.
 int64_t unpacked_bytes(const AttentionParams& p) {
   if (!p.int8 || p.unpack == Unpack::kInKernel) return 0;
   const int64_t group = p.num_q_heads / p.cache.num_kv_heads;
   if (p.unpack == Unpack::kAuto && p.max_query_len * group < kMinRowsUnpackedAhead) return 0;
 #ifdef TQ4_HAS_SM90A
-  if (p.arch == 90 && p.path == Path::kAuto) return sm90::prefill_workspace_bytes(p);
+  if (takes_wgmma(p)) return sm90::prefill_workspace_bytes(p);
 #endif
-  return 0;
+  return sm80::prefill_tiles_workspace_bytes(p);
 }
 
 }  // namespace
@@ -30,8 +35,9 @@ void launch_prefill(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
   if (unpacked_bytes(p) > 0) {
 #ifdef TQ4_HAS_SM90A
-    return sm90::launch_prefill(p, stream);
+    if (takes_wgmma(p)) return sm90::launch_prefill(p, stream);
 #endif
+    return sm80::launch_prefill_tiles(p, stream);
   }
   if (p.int8) {
     sm80::launch_prefill_int8(p, stream);

@@ -1,10 +1,10 @@
 #include "sm80_prefill.h"
-#include "sm80_prefill_launch.cuh"
+#include "sm80_prefill_pages.cuh"
 
 namespace tq4::sm80 {
 
 void launch_prefill_fp16(const AttentionParams& p, Stream stream) {
-  launch_prefill_mode<false>(p, stream);
+  launch_prefill_pages<false>(p, stream);
 }
 
 }  // namespace tq4::sm80

@@ -1,11 +1,10 @@
-// A C++ caller of libtq4: every launcher links without torch, and refuses bad arguments before it would
-// touch a GPU.
-#include "tq4.h"
-
+// A C++ caller of libtq4: every launcher links without torch, and refuses bad arguments before it
+// would touch a GPU.
 #include <stdexcept>
 #include <string>
 
 #include "check.h"
+#include "tq4.h"
 
 namespace {
 
@@ -47,6 +46,39 @@ int main() {
   twice.num_seqs = twice.num_tokens = 8;
   CHECK(tq4::decode_workspace_bytes(twice) > tq4::decode_workspace_bytes(p));
 
+  // Prefill unpacks ahead where there are rows enough, and the workspace is bounded.
+  p.max_blocks = 64;
+  for (const tq4::Path path : {tq4::Path::kAuto, tq4::Path::kPortable}) {
+    tq4::AttentionParams chunk = p;
+    chunk.path = path;
+    chunk.num_seqs = 1;
+    chunk.num_tokens = chunk.max_query_len = 512;
+    const int64_t bytes = tq4::prefill_workspace_bytes(chunk);
+    CHECK(bytes > 0);
+    if (path == tq4::Path::kPortable) {
+      CHECK(contains(refusal([&] { tq4::launch_prefill(chunk, nullptr); }), "workspace"));
+    }
+    tq4::AttentionParams other = chunk;
+    other.unpack = tq4::Unpack::kInKernel;
+    CHECK(tq4::prefill_workspace_bytes(other) == 0);
+    other = chunk;
+    other.int8 = false;
+    CHECK(tq4::prefill_workspace_bytes(other) == 0);
+    other = chunk;
+    other.num_tokens = other.max_query_len = 16;
+    CHECK(tq4::prefill_workspace_bytes(other) == 0);
+    other.unpack = tq4::Unpack::kAhead;
+    CHECK(tq4::prefill_workspace_bytes(other) > 0);
+    other = chunk;  // tables wider than what one pass holds, then than what all passes hold
+    other.num_seqs = 2;
+    other.max_blocks = 1 << 14;
+    CHECK(tq4::prefill_workspace_bytes(other) > bytes);
+    CHECK(tq4::prefill_workspace_bytes(other) <=
+          tq4::prefill_workspace_bytes(chunk) + (int64_t{256} << 20));
+    other.max_blocks = 1 << 24;
+    CHECK(tq4::prefill_workspace_bytes(other) == 0);
+  }
+
   p.cache.head_dim = 80;
   CHECK(contains(refusal([&] { tq4::launch_prefill(p, nullptr); }), "head_dim"));
   CHECK(contains(refusal([&] { tq4::launch_decode(p, nullptr); }), "head_dim"));
@@ -55,6 +87,7 @@ int main() {
   p = decode_problem();
   p.num_seqs = p.num_tokens = 0;
   CHECK(tq4::decode_workspace_bytes(p) == 0);
+  CHECK(tq4::prefill_workspace_bytes(p) == 0);
   CHECK(refusal([&] { tq4::launch_prefill(p, nullptr); }).empty());
   CHECK(refusal([&] { tq4::launch_decode(p, nullptr); }).empty());
   return tq4::test::report("test_library");

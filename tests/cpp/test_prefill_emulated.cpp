@@ -1,10 +1,11 @@
-// The mma.sync prefill kernel itself, run on the CPU (cuda_cpu.h), against attention in double
-// precision: head dimensions, modes, layouts, chunks, windows, soft cap, sinks, poisoned tails and
-// garbage in the block table.
+// The mma.sync prefill kernels themselves, run on the CPU (cuda_cpu.h), against attention in double
+// precision: from pages and from unpacked tiles, head dimensions, modes, layouts, chunks, windows,
+// soft cap, sinks, poisoned tails and garbage in the block table.
 #include "emulated_cache.h"
 // What the kernel includes must come after the emulation.
 #include "device/page_copy.h"
 #include "kernels/sm80_prefill.cuh"
+#include "kernels/sm80_prefill_tiles.cuh"
 
 namespace {
 
@@ -24,14 +25,15 @@ struct Case {
   int window_left = -1, window_right = 0;
   float softcap = 0.f;
   bool sinks = false;
-  float sm_scale = 0.f;  // 0: 1 / sqrt(D)
-  int gap = 8;           // elements between rows of q and out
+  float sm_scale = 0.f;        // 0: 1 / sqrt(D)
+  int gap = 8;                 // elements between rows of q and out
+  int64_t limit_tiles = 1000;  // of the workspace, where the kernel has one
 };
 
 constexpr int kCodes[16] = {-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104};
 
 template <int D, bool kInt8>
-void launch(const tq4::AttentionParams& p) {
+void launch_pages(const tq4::AttentionParams& p) {
   using Config = tq4::sm80::PrefillConfig<D, kInt8>;
   const int group = p.num_q_heads / p.cache.num_kv_heads;
   const int64_t slots = tq4::prefill_slots(p.num_tokens, group, Config::kRows, p.num_seqs);
@@ -40,21 +42,52 @@ void launch(const tq4::AttentionParams& p) {
                     tq4::copy_width(p.cache), tq4::block_shift(p.cache));
 }
 
-void launch(const tq4::AttentionParams& p) {
+template <int D>
+void launch_tiles(const tq4::AttentionParams& p, int64_t limit_tiles) {
+  using Config = tq4::sm80::PrefillConfig<D, true, true>;
+  using Image = tq4::sm80::PrefillImage<Config>;
+  const int group = p.num_q_heads / p.cache.num_kv_heads;
+  const int64_t slots = tq4::prefill_slots(p.num_tokens, group, Config::kRows, p.num_seqs);
+  tq4::TileWorkspace w = tq4::make_tile_workspace(
+      p.num_seqs, p.cache.num_kv_heads, static_cast<int64_t>(p.max_blocks) * p.cache.block_size,
+      Config::kTile, Image::kBytes, limit_tiles * Image::kBytes);
+  CHECK(w.num_passes >= 1);
+  std::vector<uint4> storage(w.capacity * Image::kBytes / 16);
+  w.tiles = reinterpret_cast<uint8_t*>(storage.data());
+  for (int pass = 0; pass < w.num_passes; ++pass) {
+    // NaN: what no tile of this pass holds must not be used.
+    std::memset(static_cast<void*>(storage.data()), 0xff, storage.size() * 16);
+    emulation::launch(tq4::expand_tiles_kernel<Image>, 2, tq4::kExpandThreads, p, w, pass);
+    emulation::launch(tq4::sm80::prefill_tiles_kernel<Config>,
+                      static_cast<int>(slots * p.cache.num_kv_heads), Config::kThreads, p, w, pass);
+  }
+}
+
+// limit_tiles = 0: the kernel that reads pages.
+void launch(const tq4::AttentionParams& p, int64_t limit_tiles) {
+  const bool tiles = limit_tiles > 0;
   switch (p.cache.head_dim) {
     case 64:
-      return p.int8 ? launch<64, true>(p) : launch<64, false>(p);
+      return tiles    ? launch_tiles<64>(p, limit_tiles)
+             : p.int8 ? launch_pages<64, true>(p)
+                      : launch_pages<64, false>(p);
     case 96:
-      return p.int8 ? launch<96, true>(p) : launch<96, false>(p);
+      return tiles    ? launch_tiles<96>(p, limit_tiles)
+             : p.int8 ? launch_pages<96, true>(p)
+                      : launch_pages<96, false>(p);
     case 128:
-      return p.int8 ? launch<128, true>(p) : launch<128, false>(p);
+      return tiles    ? launch_tiles<128>(p, limit_tiles)
+             : p.int8 ? launch_pages<128, true>(p)
+                      : launch_pages<128, false>(p);
     default:
-      return p.int8 ? launch<256, true>(p) : launch<256, false>(p);
+      return tiles    ? launch_tiles<256>(p, limit_tiles)
+             : p.int8 ? launch_pages<256, true>(p)
+                      : launch_pages<256, false>(p);
   }
 }
 
 template <typename T>
-void run(const char* name, const Case& c, uint64_t seed) {
+void run(const char* name, const Case& c, bool tiles, uint64_t seed) {
   Random random(seed);
   const int D = c.head_dim, hkv = c.num_kv_heads, hq = hkv * c.group;
   const int num_seqs = static_cast<int>(c.lengths.size());
@@ -137,7 +170,7 @@ void run(const char* name, const Case& c, uint64_t seed) {
   p.num_seqs = num_seqs, p.num_tokens = num_tokens, p.num_q_heads = hq;
   p.max_query_len = num_tokens;
   p.num_sms = 2, p.arch = 80;
-  launch(p);
+  launch(p, tiles ? c.limit_tiles : 0);
 
   double error = 0, norm = 0, worst_lse = 0;
   for (int s = 0; s < num_seqs; ++s) {
@@ -227,15 +260,19 @@ void run(const char* name, const Case& c, uint64_t seed) {
   CHECK(relative < bound);
   CHECK(worst_lse < (c.int8 && c.turn != Turn::kNone ? 2e-2 : 2e-3));
   if (!(relative < bound) || !(worst_lse < 2e-2)) {
-    std::printf("%s: error %.2e, LSE %.2e\n", name, relative, worst_lse);
+    std::printf("%s%s: error %.2e, LSE %.2e\n", name, tiles ? " from tiles" : "", relative,
+                worst_lse);
   }
 }
 
 void run(const char* name, const Case& c) {
-  if (c.bf16) {
-    run<__nv_bfloat16>(name, c, 1);
-  } else {
-    run<__half>(name, c, 1);
+  for (const bool tiles : {false, true}) {
+    if (tiles && !c.int8) continue;
+    if (c.bf16) {
+      run<__nv_bfloat16>(name, c, tiles, 1);
+    } else {
+      run<__half>(name, c, tiles, 1);
+    }
   }
 }
 
@@ -269,6 +306,19 @@ int main() {
   run("negative scale", but([](Case& c) { c.sm_scale = -0.1f; }));
   run("page of 48", but([](Case& c) { c.block_size = 48; }));
   run("unaligned rows", but([](Case& c) { c.gap = 1; }));
+  run("several passes", but([](Case& c) {
+        c.lengths = {0, 200, 16, 70, 130};
+        c.queries = {1, 3, 16, 70, 2};
+        c.num_kv_heads = 3;
+        c.limit_tiles = 7;
+      }));
+  run("several passes, window", but([](Case& c) {
+        c.lengths = {300, 1, 150};
+        c.queries = {80, 1, 150};
+        c.num_kv_heads = 2;
+        c.window_left = 33;
+        c.limit_tiles = 9;
+      }));
   for (const int d : {64, 96, 256}) {
     run("head dim", but([d](Case& c) { c.head_dim = d, c.turn = Turn::kOrthogonal; }));
   }
