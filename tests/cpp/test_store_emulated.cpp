@@ -21,6 +21,7 @@ struct Case {
   bool dense = false;    // compress
   bool strange = false;  // zero, NaN and huge rows
   int warps = 2, ctas = 1;
+  int tile_buffers = 1;
 };
 
 // Checks one encoded row against x.
@@ -124,6 +125,7 @@ void run(const Case& c, uint64_t seed) {
     s.norm_correction = c.norm_correction;
     p = tq4::encode_params(s);
   }
+  p.tile_buffers = c.tile_buffers;
   using Config = tq4::EncodeConfig<T, D>;
   emulation::launch(tq4::encode_kernel<Config>, c.ctas * p.num_sides, 32 * c.warps, p);
 
@@ -190,6 +192,8 @@ void run_dim(uint64_t seed) {
   views.pad = 8;
   views.gap = 8;
   run<__half, D>(views, ++seed);
+  views.tile_buffers = 2;
+  run<__half, D>(views, ++seed);
   views.gap = 3;
   views.norm_correction = true;
   run<__nv_bfloat16, D>(views, ++seed);
@@ -201,6 +205,7 @@ void run_dim(uint64_t seed) {
   strange.k_turn = D == 96 ? Turn::kNone : Turn::kHadamard;
   strange.ctas = 2;
   run<__half, D>(strange, ++seed);
+  strange.tile_buffers = 2;
   run<float, D>(strange, ++seed);
 
   Case crowded;
