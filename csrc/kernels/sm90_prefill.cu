@@ -95,10 +95,6 @@ auto dispatch(int head_dim, Function&& function) {
 }  // namespace
 
 int64_t prefill_workspace_bytes(const AttentionParams& p) {
-  // Rows of q are read by vector loads.
-  if ((reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) | (p.q_head_stride * 2)) % 16) {
-    return 0;
-  }
   return dispatch(p.cache.head_dim, [&](auto d) {
     const Plan plan = make_plan<d>(p);
     return plan.tiles.num_passes > 0 && plan.tiles.num_passes <= kMaxTilePasses ? plan.bytes : 0;
