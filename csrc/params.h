@@ -143,7 +143,7 @@ struct AttentionParams {
   int32_t arch;               // major * 10 + minor of the current device
   Path path;
   Unpack unpack;              // prefill only
-  void* workspace;            // {decode,prefill}_workspace_bytes() bytes, 128-byte aligned
+  void* workspace;            // {decode,prefill}_workspace_bytes() bytes, 16-byte aligned
 };
 
 }  // namespace tq4

@@ -91,8 +91,9 @@ __device__ __forceinline__ bool load_rotation_part(uint32_t smem,
   return has_low;
 }
 
-// 8 consecutive 16-bit values of a row of q, as raw words.  Rows are 16-byte aligned (launch_prefill):
-// a second way for others would make every load wait for the one before, as the ways join.
+// 8 consecutive 16-bit values of a row of q, as raw words.  Rows are 16-byte aligned
+// (launch_prefill): a second way for others would make every load wait for the one before, as the
+// ways join.
 __device__ __forceinline__ uint4 load_raw8(const uint16_t* p) {
   return __ldg(reinterpret_cast<const uint4*>(p));
 }

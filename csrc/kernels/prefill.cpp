@@ -42,6 +42,10 @@ void launch_prefill(const AttentionParams& p, Stream stream) {
     throw std::invalid_argument("q: expected rows that start at multiples of 16 bytes");
   }
   if (unpacked_bytes(p) > 0) {
+    if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
+      throw std::invalid_argument(
+          "workspace: expected prefill_workspace_bytes() bytes, 16-byte aligned");
+    }
 #ifdef TQ4_HAS_SM90A
     if (takes_wgmma(p)) return sm90::launch_prefill(p, stream);
 #endif
