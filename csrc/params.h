@@ -113,7 +113,8 @@ struct DecompressParams {
 //       and (window_right < 0 or j <= p + window_right)
 // with p = L - T_seq + t (bottom-right).  Causal is window_right = 0: the caller folds it in.
 struct AttentionParams {
-  const void* q;  // [T, Hq, D] dtype (fp16 or bf16), last dim contiguous
+  // [T, Hq, D] dtype (fp16 or bf16), last dim contiguous; prefill: rows 16-byte aligned
+  const void* q;
   void* out;      // [T, Hq, D] dtype, last dim contiguous
   float* lse;     // [Hq, T] contiguous, natural log, or null
   int64_t q_token_stride, q_head_stride;      // elements
@@ -142,7 +143,7 @@ struct AttentionParams {
   int32_t arch;               // major * 10 + minor of the current device
   Path path;
   Unpack unpack;              // prefill only
-  void* workspace;            // {decode,prefill}_workspace_bytes() bytes, 128-byte aligned
+  void* workspace;            // {decode,prefill}_workspace_bytes() bytes, 16-byte aligned
 };
 
 }  // namespace tq4

@@ -41,7 +41,7 @@ struct Divider {
   uint32_t divisor, magic;
   int32_t shift1, shift2;
 
-  static constexpr Divider make(uint32_t d) {
+  TQ4_HOST_DEVICE static constexpr Divider make(uint32_t d) {
     int bits = 0;
     while (bits < 32 && (uint64_t{1} << bits) < d) ++bits;
     const uint64_t magic = ((uint64_t{1} << 32) * ((uint64_t{1} << bits) - d)) / d + 1;

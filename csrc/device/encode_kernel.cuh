@@ -10,8 +10,8 @@
 //
 // fragment_map.cuh chooses which dim is which fragment element, so that a lane accumulates D/4
 // consecutive dims of two rows, that is D/8 consecutive bytes of codes each: no shuffles.  A warp
-// has two buffers for tiles where shared memory has room: the next tile is fetched while this one is
-// worked on.  With one, it is fetched once the products have consumed this one, behind the
+// has two buffers for tiles where shared memory has room: the next tile is fetched while this one
+// is worked on.  With one, it is fetched once the products have consumed this one, behind the
 // quantiser.
 //
 // The rotation is recognised by its entries (rotation_fragments.cuh) and taken one of three ways:
@@ -178,8 +178,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
       if (kind == RotationKind::kGeneral) {
         row_scale[0] = general_row_scale<C>(norms[0]);
         row_scale[1] = general_row_scale<C>(norms[1]);
-        multiply_general<C>(acc, s_now, s_rotation, side.rotation, rotation_scale, row_scale,
-                            pass);
+        multiply_general<C>(acc, s_now, s_rotation, side.rotation, rotation_scale, row_scale, pass);
       } else {
         const bool hadamard = kind == RotationKind::kHadamard;
         multiply_groups<C>(acc, s_now, s_tables.groups, hadamard, pass);

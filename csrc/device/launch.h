@@ -114,6 +114,23 @@ void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t 
   launch_kernel_with(nullptr, 0, kernel, grid, block, smem_bytes, stream, args...);
 }
 
+// Whether this build's code of a kernel waits for its predecessors, as overlapped launches need:
+// code made from PTX older than sm_90 runs on newer devices, but without those instructions.
+template <typename... KernelArgs>
+bool waits_for_predecessors(void (*kernel)(KernelArgs...), int arch) {
+  if (arch < 90) return false;
+  static std::atomic<int> known{0};  // 2 * arch + answer of the last device asked about
+  int answer = known.load(std::memory_order_relaxed);
+  if (answer / 2 != arch) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+               "cudaFuncGetAttributes");
+    answer = 2 * arch + (attributes.ptxVersion >= 90 ? 1 : 0);
+    known.store(answer, std::memory_order_relaxed);
+  }
+  return answer % 2 == 1;
+}
+
 // Launches a kernel that, if `overlapped`, may start before its predecessor on the stream has ended
 // (it says itself where it waits).
 template <typename... KernelArgs, typename... Args>

@@ -6,6 +6,7 @@
 #include "../params.h"
 #include "../ptx/arith.cuh"
 #include "../ptx/mma.cuh"
+#include "../ptx/opaque.cuh"
 #include "../ptx/smem.cuh"
 #include "prefill_config.cuh"
 #include "prefill_steps.cuh"
@@ -117,7 +118,9 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
 #pragma unroll
   for (int panel = 0; panel < Panel::kPanels; ++panel) {
     __syncthreads();  // the tiles (or the previous panel) are no longer read
-    load_rotation_panel<D, Config::kThreads>(panel_smem, p.out_rotation, [&](int r) {
+    // Opaque: the addresses of the next panel's rows are not to be kept through the products.
+    const float* const rotation = ptx::opaque(p.out_rotation);
+    load_rotation_panel<D, Config::kThreads>(panel_smem, rotation, [&](int r) {
       return value_dim<Config>(panel * (Panel::kRows / 8) + r / 8) + r % 8;
     });
     __syncthreads();  // the panel is complete

@@ -1,12 +1,13 @@
-// Queries of the sm_90a prefill kernel: rotated, scaled and quantised once, left in the workspace as
-// images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The last CTA leaves
-// the matrix of the output rotation there too, and resets the counters of the attention kernel.
+// Queries of the sm_90a prefill kernel: rotated, scaled and quantised once, left in the workspace
+// as images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The last CTA
+// leaves the matrix of the output rotation there too, and resets the counters of the attention
+// kernel.
 //
 //   q (registers) x R^T (shared memory, fp16: high parts, low parts) --wgmma--> q_rot --> s_q, q8
 //
-// A fixed grid; a CTA takes images in turn, in parts of 64 rows for each of its two warpgroups.  The
-// rows of the next part travel while this one is quantised and written.  The low parts are all zero, and
-// skipped, for Hadamard matrices.
+// A fixed grid; a CTA takes images in turn, in parts of 64 rows for each of its two warpgroups. The
+// rows of the next part travel while this one is quantised and written.  The low parts are all
+// zero, and skipped, for Hadamard matrices.
 //
 // Orders of dims, chosen so that nothing is ever moved between lanes.  With t = lane % 4:
 //   k of the product   lane t multiplies dims 32 b + 8 t .. + 7 of each block b of 32, as loaded
@@ -31,11 +32,11 @@ template <int D_>
 struct PrepareConfig {
   static constexpr int D = D_;
   static constexpr int kThreads = 256;
-  static constexpr int kGroups = kThreads / 128;  // warpgroups
+  static constexpr int kGroups = kThreads / 128;            // warpgroups
   static constexpr int kParts = QueryImage<D>::kRows / 64;  // of an image, a warpgroup each
-  static constexpr int kBlocks = D / 32;  // of dims
-  static constexpr int kSteps = D / 16;   // of k
-  static constexpr int kRegs = D / 2;     // accumulators a lane
+  static constexpr int kBlocks = D / 32;                    // of dims
+  static constexpr int kSteps = D / 16;                     // of k
+  static constexpr int kRegs = D / 2;                       // accumulators a lane
   // R as the K-major operand: row = column of the product, 64 k a panel.
   using Matrix = ValueMajorImage<D, D>;
   static constexpr bool kHoldsLow = D <= 128;  // both parts of D = 256 do not fit
@@ -62,8 +63,8 @@ __device__ __forceinline__ void write_rotation_image(const float* rotation, uint
     uint32_t words[4];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const float2 v = __ldg(reinterpret_cast<const float2*>(rotation + row * D +
-                                                             Image::rotation_dim(chunk, pair)));
+      const float2 v = __ldg(
+          reinterpret_cast<const float2*>(rotation + row * D + Image::rotation_dim(chunk, pair)));
       words[pair] = ptx::pack_f16x2(v.x, v.y);
     }
     *reinterpret_cast<uint4*>(image + Image::rotation_offset(row, chunk)) =
@@ -113,8 +114,8 @@ __device__ __forceinline__ bool load_rotation(const float* rotation, float unit,
   return has_low;
 }
 
-// The lane's two rows as loaded: chunk b of a q to be rotated is dims 32 b + 8 t .. + 7, of a rotated
-// one dims 8 b .. + 7 of its quarter.
+// The lane's two rows as loaded: chunk b of a q to be rotated is dims 32 b + 8 t .. + 7, of a
+// rotated one dims 8 b .. + 7 of its quarter.
 template <int D>
 struct RawRows {
   uint4 chunk[2][D / 32];
@@ -136,8 +137,8 @@ __device__ __forceinline__ bool load_rows(const AttentionParams& p, int part, in
   const int g = thread % 32 / 4, t = thread % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = tile.first_row + part % Config::kParts * 64 + thread % 128 / 32 * 16 + g +
-                    8 * i;
+    const int row =
+        tile.first_row + part % Config::kParts * 64 + thread % 128 / 32 * 16 + g + 8 * i;
     const int token = row / group;
     const auto* src = reinterpret_cast<const uint4*>(
         static_cast<const uint16_t*>(p.q) + (tile.q_begin + token) * p.q_token_stride +
@@ -163,9 +164,9 @@ __device__ __forceinline__ void rotate_rows(const RawRows<Config::D>& raw, uint3
     const uint4& y = raw.chunk[1][step / 2];
     const uint32_t a[4] = {step % 2 ? x.z : x.x, step % 2 ? y.z : y.x, step % 2 ? x.w : x.y,
                            step % 2 ? y.w : y.y};
-    const uint64_t b = ptx::wgmma_descriptor(
-        matrix + step / 4 * Config::Matrix::kPanelBytes + step % 4 * 32, 16, 1024,
-        ptx::WgmmaSwizzle::k128B);
+    const uint64_t b =
+        ptx::wgmma_descriptor(matrix + step / 4 * Config::Matrix::kPanelBytes + step % 4 * 32, 16,
+                              1024, ptx::WgmmaSwizzle::k128B);
     ptx::wgmma_f16<false>(c, a, b, accumulate || step > 0);
   }
   ptx::wgmma_commit();
@@ -187,8 +188,8 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
   float largest = 0.f;
 #pragma unroll
   for (int j = 0; j < D / 8; ++j) {
-    largest = ptx::max_nan(largest, ptx::max_nan(fabsf(c[4 * j + 2 * i]),
-                                                 fabsf(c[4 * j + 2 * i + 1])));
+    largest =
+        ptx::max_nan(largest, ptx::max_nan(fabsf(c[4 * j + 2 * i]), fabsf(c[4 * j + 2 * i + 1])));
   }
   largest = quad_max_nan(largest);
   // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
@@ -210,8 +211,8 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
       const float quotient = fmaf(fmaf(-estimate, signed_step, v), inverse, estimate);
       code[e] = __float_as_uint(quotient + 12582912.f);
     }
-    words[w] = ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040),
-                         0x5410);
+    words[w] =
+        ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040), 0x5410);
   }
   if constexpr (D % 64 == 0) {  // a quarter is whole chunks
 #pragma unroll
@@ -228,8 +229,8 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
     }
   }
   if (t == 0) {
-    float scale = __fdiv_rn(step * unit, row_scale) *
-                  (p.k_code_scale * fabsf(p.sm_scale) * sm80::kLog2e);
+    float scale =
+        __fdiv_rn(step * unit, row_scale) * (p.k_code_scale * fabsf(p.sm_scale) * sm80::kLog2e);
     if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
     *reinterpret_cast<float*>(image + Image::kScales + 4 * row) = scale;
   }
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
       rotate_rows<Config>(raw, high, false, c);
       if (Config::kHoldsLow && any_low) rotate_rows<Config>(raw, low, true, c);
       if constexpr (!Config::kHoldsLow) {
-        if (any_low) {  // the parts take turns in shared memory
+        if (any_low) {      // the parts take turns in shared memory
           __syncthreads();  // the high part has been read
           load_rotation<Config>(p.q_rotation, unit, 0, high);
           ptx::fence_shared_async();

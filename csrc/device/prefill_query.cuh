@@ -102,12 +102,6 @@ __device__ __forceinline__ void find_query_rows(const AttentionParams& p, uint32
   }
 }
 
-// Rows of q for 16-byte loads.
-__device__ __forceinline__ bool query_aligned16(const AttentionParams& p) {
-  return (reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) | (p.q_head_stride * 2)) % 16 ==
-         0;
-}
-
 // c += q R^T for one panel of R, of which `panel_smem` holds the high or the low part.  load(i, kb,
 // a) gives dims 32 kb + 8 t .. + 7 of the lane's row i as fp16.
 template <typename Config, int kUnroll, typename Load>
@@ -154,7 +148,7 @@ __device__ __forceinline__ void unpack_rotated(const uint4& raw, DType dtype, in
 
 // c = q that is rotated already.
 template <typename Config>
-__device__ __forceinline__ void load_rotated(DType dtype, bool aligned16,
+__device__ __forceinline__ void load_rotated(DType dtype,
                                              const QueryRow (&row)[2 * Config::kMTiles],
                                              float (&c)[Config::kMTiles][Config::D / 8][4]) {
   const int t = threadIdx.x % 4;
@@ -163,7 +157,7 @@ __device__ __forceinline__ void load_rotated(DType dtype, bool aligned16,
 #pragma unroll
     for (int s = 0; s < Config::D / 32; ++s) {
       uint4 raw = make_uint4(0, 0, 0, 0);
-      if (row[i].p != nullptr) raw = load_raw8(row[i].p + t * (Config::D / 4) + 8 * s, aligned16);
+      if (row[i].p != nullptr) raw = load_raw8(row[i].p + t * (Config::D / 4) + 8 * s);
       unpack_rotated<Config>(raw, dtype, i, s, c);
     }
   }
@@ -189,7 +183,6 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
   constexpr int D = Config::D;
   using Panel = RotationPanel<D>;
   const uint32_t panel_smem = smem + Config::kPanel;
-  const bool aligned16 = query_aligned16(p);
   QueryRow row[2 * Config::kMTiles];
   find_query_rows<Config>(p, smem, row);
 
@@ -197,10 +190,10 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
   float unit = 1.f;
   if (p.q_rotation != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 2 * Config::kMTiles; ++i) find_row_scale<D>(row[i], p.dtype, aligned16);
+    for (int i = 0; i < 2 * Config::kMTiles; ++i) find_row_scale<D>(row[i], p.dtype);
     unit = rotation_unit(p.q_rotation);
     const auto load = [&](int i, int kb, uint32_t (&a)[4]) {
-      load_row_fp16(row[i], 32 * kb + 8 * (threadIdx.x % 4), p.dtype, aligned16, a);
+      load_row_fp16(row[i], 32 * kb + 8 * (threadIdx.x % 4), p.dtype, a);
     };
     const auto panel_rows = [](int panel) {
       return [panel](int r) { return Panel::by_quarter(panel, r); };
@@ -221,7 +214,7 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
       }
     }
   } else {
-    load_rotated<Config>(p.dtype, aligned16, row, c);
+    load_rotated<Config>(p.dtype, row, c);
   }
   finish_query<Config>(p.sm_scale, unit, row, c, q);
 }

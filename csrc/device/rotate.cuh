@@ -91,16 +91,11 @@ __device__ __forceinline__ bool load_rotation_part(uint32_t smem,
   return has_low;
 }
 
-// 8 consecutive 16-bit values of a row of q, as raw words.  Rows of a strided view may be
-// unaligned for a vector load.
-__device__ __forceinline__ uint4 load_raw8(const uint16_t* p, bool aligned16) {
-  if (aligned16) return *reinterpret_cast<const uint4*>(p);
-  uint4 r;
-  r.x = p[0] | static_cast<uint32_t>(p[1]) << 16;
-  r.y = p[2] | static_cast<uint32_t>(p[3]) << 16;
-  r.z = p[4] | static_cast<uint32_t>(p[5]) << 16;
-  r.w = p[6] | static_cast<uint32_t>(p[7]) << 16;
-  return r;
+// 8 consecutive 16-bit values of a row of q, as raw words.  Rows are 16-byte aligned
+// (launch_prefill): a second way for others would make every load wait for the one before, as the
+// ways join.
+__device__ __forceinline__ uint4 load_raw8(const uint16_t* p) {
+  return __ldg(reinterpret_cast<const uint4*>(p));
 }
 
 __device__ __forceinline__ float2 unpack_pair(uint32_t word, DType dtype) {
@@ -144,7 +139,7 @@ __device__ __forceinline__ float largest_of8(const uint4& raw, DType dtype) {
 }
 
 template <int D>
-__device__ __forceinline__ void find_row_scale(QueryRow& row, DType dtype, bool aligned16) {
+__device__ __forceinline__ void find_row_scale(QueryRow& row, DType dtype) {
   row.scale = 1.f;
   if (dtype != DType::kBFloat16) return;
   float largest = 0.f;
@@ -152,7 +147,7 @@ __device__ __forceinline__ void find_row_scale(QueryRow& row, DType dtype, bool 
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int kb = 0; kb < D / 32; ++kb) {
-      largest = fmaxf(largest, largest_of8(load_raw8(row.p + 32 * kb + 8 * t, aligned16), dtype));
+      largest = fmaxf(largest, largest_of8(load_raw8(row.p + 32 * kb + 8 * t), dtype));
     }
   }
   row.scale = fp16_row_scale(quad_max_nan(largest));
@@ -175,9 +170,9 @@ __device__ __forceinline__ void to_fp16(const uint4& raw, float scale, DType dty
 
 // Dims `offset` .. + 7 of the row as 4 packed fp16 words.
 __device__ __forceinline__ void load_row_fp16(const QueryRow& row, int offset, DType dtype,
-                                              bool aligned16, uint32_t (&out)[4]) {
+                                              uint32_t (&out)[4]) {
   uint4 raw = make_uint4(0, 0, 0, 0);
-  if (row.p != nullptr) raw = load_raw8(row.p + offset, aligned16);
+  if (row.p != nullptr) raw = load_raw8(row.p + offset);
   to_fp16(raw, row.scale, dtype, out);
 }
 

@@ -34,15 +34,6 @@
 
 namespace tq4 {
 
-template <int D, int kTokens>
-struct TileImage {
-  static constexpr int kHeadDim = D;
-  static constexpr int kTileTokens = kTokens;
-  static constexpr int kKeyChunks = D / 16;
-  TQ4_HOST_DEVICE static constexpr int key_dim(int chunk) { return 16 * chunk; }
-  TQ4_HOST_DEVICE static constexpr int key_dims(int) { return 16; }
-};
-
 constexpr int kExpandThreads = 256;
 // CTAs an SM: enough loads in flight to hide that a code waits for its entry of the block table; a
 // fourth would leave too few registers.

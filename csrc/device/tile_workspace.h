@@ -85,4 +85,14 @@ inline TileWorkspace make_tile_workspace(int64_t num_seqs, int64_t num_kv_heads,
   return w;
 }
 
+// The usual answers of an image policy (tile_expand.cuh).
+template <int D, int kTokens>
+struct TileImage {
+  static constexpr int kHeadDim = D;
+  static constexpr int kTileTokens = kTokens;
+  static constexpr int kKeyChunks = D / 16;
+  TQ4_HOST_DEVICE static constexpr int key_dim(int chunk) { return 16 * chunk; }
+  TQ4_HOST_DEVICE static constexpr int key_dims(int) { return 16; }
+};
+
 }  // namespace tq4

@@ -1,24 +1,21 @@
-// What the sm_90a prefill kernel multiplies, as it lies in shared memory: made once in the workspace,
-// copied in bulk from there.  Host-compilable.
+// What the sm_90a prefill kernel multiplies, as it lies in shared memory: made once in the
+// workspace, copied in bulk from there.  Host-compilable.
 //
 //   K      [tokens][dims] int8, K-major: panels of 128 dims, rows of 128 bytes (D = 64: 64 bytes)
 //   V      [tokens][dims] fp16, MN-major: panels of 64 dims, rows of 128 bytes
 //   norms  fp32 [tokens]
 //
-// Rows of 128 bytes take the 128-byte swizzle: 16-byte chunk c of row r lies at c ^ (r % 8); rows of
-// 64 bytes the 64-byte one: c ^ (r / 2 % 4) (PTX ISA, "Asynchronous warpgroup level matrix shared
-// memory layout").  Of D = 96 the last panels are not used to the end.
+// Rows of 128 bytes take the 128-byte swizzle: 16-byte chunk c of row r lies at c ^ (r % 8); rows
+// of 64 bytes the 64-byte one: c ^ (r / 2 % 4) (PTX ISA, "Asynchronous warpgroup level matrix
+// shared memory layout").  Of D = 96 the last panels are not used to the end.
 //
 // Queries take the form of K, with kRows rows and a scale a row; the matrix that rotates the output
 // the form of V, one row a rotated dim.
 #pragma once
-#ifndef TQ4_CONSUMERS
-#define TQ4_CONSUMERS 3
-#endif
 #include <cstdint>
 
 #include "common.cuh"
-#include "tile_expand.cuh"
+#include "tile_workspace.h"
 
 namespace tq4 {
 
@@ -50,16 +47,14 @@ struct ValueMajorImage {
   }
 };
 
-// Consumer warpgroups of the attention kernel, 64 rows each, and tokens of a tile: what the registers
-// allow.
-constexpr int wgmma_consumers(int head_dim) { return head_dim == 256 ? 2 : TQ4_CONSUMERS; }
-constexpr int wgmma_tile_tokens(int head_dim) {
-  return head_dim == 256 || wgmma_consumers(head_dim) == 3 ? 64 : 128;
-}
+// Consumer warpgroups of the attention kernel, 64 rows each, and tokens of a tile: what the
+// registers allow.
+constexpr int wgmma_consumers(int head_dim) { return head_dim == 256 ? 2 : 3; }
+constexpr int kWgmmaTileTokens = 64;
 
 template <int D>
-struct WgmmaImage : TileImage<D, wgmma_tile_tokens(D)> {
-  static constexpr int kTileTokens = wgmma_tile_tokens(D);
+struct WgmmaImage : TileImage<D, kWgmmaTileTokens> {
+  static constexpr int kTileTokens = kWgmmaTileTokens;
   using Key = KeyMajorImage<D, kTileTokens>;
   using Value = ValueMajorImage<D, kTileTokens>;
   static constexpr int kValues = Key::kBytes;
@@ -77,9 +72,9 @@ struct WgmmaImage : TileImage<D, wgmma_tile_tokens(D)> {
     *reinterpret_cast<float*>(image + kNorms + 4 * token) = k_norm;
   }
 
-  // The matrix of the output rotation: row = rotated dim, in tiles like those of V.  Its columns are
-  // ordered so that the lane t = lane % 4 of a row receives dims 32 b + 8 t .. + 7 of each block b of
-  // 32: 16 bytes of the output.
+  // The matrix of the output rotation: row = rotated dim, in tiles like those of V.  Its columns
+  // are ordered so that the lane t = lane % 4 of a row receives dims 32 b + 8 t .. + 7 of each
+  // block b of 32: 16 bytes of the output.
   TQ4_HOST_DEVICE static constexpr int rotation_dim(int chunk, int pair) {
     return chunk / 4 * 32 + 8 * pair + chunk % 4 * 2;  // of columns 8 chunk + 2 pair, + 1
   }

@@ -7,20 +7,26 @@
 // Unpacking inside this kernel would cost every CTA what the pre-pass costs once, and its issue
 // slots are what the softmax needs.
 //
-// A CTA owns 128 packed rows (row = token * G + head of the group) of one sequence and KV head.
+// A CTA takes tiles of 192 packed rows (row = token * G + head of the group; D = 256: 128) of one
+// sequence and KV head from a counter, one after the other, and walks their visible keys 64 at a
+// time.
 //
 //   warpgroup 0     producer: one thread; bulk copies workspace -> rings of K tiles and V tiles
-//   warpgroups 1, 2 consumers: 64 rows each
+//   warpgroups 1 .. consumers: 64 rows each
 //
-//   consumer   tile      0           1           2
-//   tensor             QK0 |  QK1   PV0  |  QK2   PV1  | ...
-//   softmax                 S0         S1 (beside PV0)
+//   a consumer   tile      0           1           2
+//   tensor core           QK0 |  QK1   PV0  |  QK2   PV1  | ...
+//   its warps                  S0         S1 (beside PV0)
 //
-// The consumers take turns: while one issues its products the other is in its softmax.
+// The consumers take turns: while one issues its products the others are in their softmax.  Three
+// of them with 64-token tiles hide more latency than two with 128-token ones, which fill the
+// registers as well: +6 % (docs/tuning.md).
 //
-// Barriers, per stage of each ring: full (the copy has landed) and empty (8 consumer warps are done).
-// K and V have rings of their own, as a K tile is done with one product earlier.  After the last
-// tile the V ring brings the matrix of the output rotation, in tiles like those of V.
+// Barriers, in pairs: full (what was written or copied has landed) and empty (all consumer warps
+// are done with it), for the slots that tell the consumers their work, for the queries, and for
+// each stage of the two rings.  K and V have rings of their own, as a K tile is done with one
+// product earlier. After the last tile the V ring brings the matrix of the output rotation, in
+// tiles like those of V.
 //
 // Keys go from the last tile to the first: the tiles that the causal mask cuts come first.
 #pragma once
@@ -54,7 +60,7 @@ struct PrefillConfig {
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kTile = Image::kTileTokens;
-  static constexpr int kStages = D == 256 ? 3 : D == 64 ? 8 : kTile == 64 ? 7 : 4;
+  static constexpr int kStages = D == 256 ? 3 : D == 64 ? 8 : 7;
   // A thread of a consumer and of the producer: together what the launch gave to all.
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : 232;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40;
@@ -92,7 +98,7 @@ struct PrefillConfig {
 // Offsets in the workspace.
 struct PrefillBuffers {
   int64_t queries, rotation;
-  int64_t counters;  // int32 [passes]: work taken beyond the first of each CTA
+  int64_t counters;   // int32 [passes]: work taken beyond the first of each CTA
   int32_t num_slots;  // tiles of queries, of a KV head
 };
 
@@ -113,8 +119,8 @@ struct RingPosition {
 struct alignas(16) CtaWork {
   int num_keys, pos0, num_rows, first_row;  // of the sequence; first_row of the tile
   int q_begin, first_head;
-  int key_begin;   // of tile 0 of this work
-  int num_tiles;   // -1: no more work
+  int key_begin;             // of tile 0 of this work
+  int num_tiles;             // -1: no more work
   int full_begin, full_end;  // tiles inside need no mask
   int pad[2];
 };
@@ -254,8 +260,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const TileWork
     const int tile_slot = buffers.num_slots - 1 - index / heads, kv_head = index % heads;
     CtaWork work;
     int64_t first_tile;
-    const bool found =
-        find_work<Config>(p, w, pass, tile_slot, kv_head, work, first_tile);
+    const bool found = find_work<Config>(p, w, pass, tile_slot, kv_head, work, first_tile);
     if (!waited) ptx::wait_for_predecessor();  // queries, rotation, tiles and counters are written
     waited = true;
     int next = 0;
@@ -418,8 +423,8 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const CtaWork& 
   rings.query_parity ^= 1;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    rows.scale[i] = ptx::ld_shared_f32(smem + Config::kQuery + Config::Query::kScales +
-                                       4 * (row + 8 * i));
+    rows.scale[i] =
+        ptx::ld_shared_f32(smem + Config::kQuery + Config::Query::kScales + 4 * (row + 8 * i));
   }
 
   float o[Config::kOutRegs];

@@ -71,9 +71,9 @@ __device__ __forceinline__ void pack_operand(const float (&c)[kRegs], uint32_t (
 
 // What a lane knows of its two rows, g and g + 8 of its warp.
 struct LaneState {
-  float scale[2];  // log2 units of one unit of norm * (q8 . k8)
-  float m[2];      // running maximum, log2 units
-  float l[2];      // this lane's part of the denominator
+  float scale[2];    // log2 units of one unit of norm * (q8 . k8)
+  float m[2];        // running maximum, log2 units
+  float l[2];        // this lane's part of the denominator
   int lo[2], hi[2];  // visible keys: lo <= key <= hi
 };
 
@@ -95,7 +95,8 @@ __device__ __forceinline__ void scale_scores(uint32_t norms, const int32_t (&acc
 
 // x -> cap * tanh(score / cap), back in units of x.
 template <int kRegs>
-__device__ __forceinline__ void cap_scores(float softcap, const LaneState& rows, float (&x)[kRegs]) {
+__device__ __forceinline__ void cap_scores(float softcap, const LaneState& rows,
+                                           float (&x)[kRegs]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float unit = __fdividef(rows.scale[i], softcap * kLog2e);

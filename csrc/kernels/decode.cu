@@ -1,6 +1,5 @@
 // launch_decode: the plan, the two small kernels, and the choice of the main one.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "../device/decode_combine.cuh"
@@ -17,22 +16,6 @@ constexpr bool kHasBulkKernels = true;
 #else
 constexpr bool kHasBulkKernels = false;
 #endif
-
-// Whether the kernels of this file's build wait for their predecessors, as an overlapped launch
-// needs: code made from PTX older than sm_90 runs on newer devices, but without those instructions.
-static bool waits_for_predecessors(int arch) {
-  static std::atomic<int> known{0};  // 2 * arch + answer of the last device asked about
-  int answer = known.load(std::memory_order_relaxed);
-  if (answer / 2 != arch) {
-    cudaFuncAttributes attributes;
-    check_cuda(cudaFuncGetAttributes(&attributes,
-                                     reinterpret_cast<const void*>(decode_combine_kernel<128>)),
-               "cudaFuncGetAttributes");
-    answer = 2 * arch + (attributes.ptxVersion >= 90 ? 1 : 0);
-    known.store(answer, std::memory_order_relaxed);
-  }
-  return answer % 2 == 1;
-}
 
 void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
@@ -68,7 +51,7 @@ int64_t decode_workspace_bytes(const AttentionParams& p) {
 void launch_decode(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
   DecodePlan plan = make_decode_plan(p, kHasBulkKernels);
-  plan.overlapped = p.arch >= 90 && waits_for_predecessors(p.arch);
+  plan.overlapped = waits_for_predecessors(decode_combine_kernel<128>, p.arch);
   if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
     throw std::invalid_argument(
         "workspace: expected decode_workspace_bytes() bytes, 16-byte aligned");

@@ -1,5 +1,8 @@
 #include "prefill.h"
 
+#include <cstdint>
+#include <stdexcept>
+
 #include "sm80_prefill.h"
 #include "sm90_prefill.h"
 
@@ -33,7 +36,16 @@ int64_t prefill_workspace_bytes(const AttentionParams& p) {
 
 void launch_prefill(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
+  if ((reinterpret_cast<uintptr_t>(p.q) | static_cast<uint64_t>(p.q_token_stride * 2) |
+       static_cast<uint64_t>(p.q_head_stride * 2)) %
+      16) {
+    throw std::invalid_argument("q: expected rows that start at multiples of 16 bytes");
+  }
   if (unpacked_bytes(p) > 0) {
+    if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
+      throw std::invalid_argument(
+          "workspace: expected prefill_workspace_bytes() bytes, 16-byte aligned");
+    }
 #ifdef TQ4_HAS_SM90A
     if (takes_wgmma(p)) return sm90::launch_prefill(p, stream);
 #endif

@@ -22,23 +22,6 @@ TileWorkspace plan_tiles(const AttentionParams& p) {
                              Image::kTileTokens, Image::kBytes, kTileWorkspaceLimit);
 }
 
-// Whether this build's code for the device waits for its predecessors, as overlapped launches need:
-// code made from PTX older than sm_90 runs on newer devices, but without those instructions.
-bool waits_for_predecessors(int arch) {
-  if (arch < 90) return false;
-  static std::atomic<int> known{0};  // 2 * arch + answer of the last device asked about
-  int answer = known.load(std::memory_order_relaxed);
-  if (answer / 2 != arch) {
-    cudaFuncAttributes attributes;
-    const auto kernel = prefill_tiles_kernel<TilesConfig<128>>;
-    check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
-               "cudaFuncGetAttributes");
-    answer = 2 * arch + (attributes.ptxVersion >= 90 ? 1 : 0);
-    known.store(answer, std::memory_order_relaxed);
-  }
-  return answer % 2 == 1;
-}
-
 }  // namespace
 
 int64_t prefill_tiles_workspace_bytes(const AttentionParams& p) {
@@ -49,11 +32,7 @@ int64_t prefill_tiles_workspace_bytes(const AttentionParams& p) {
 }
 
 void launch_prefill_tiles(const AttentionParams& p, Stream stream) {
-  if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
-    throw std::invalid_argument(
-        "workspace: expected prefill_workspace_bytes() bytes, 16-byte aligned");
-  }
-  const bool overlapped = waits_for_predecessors(p.arch);
+  const bool overlapped = waits_for_predecessors(prefill_tiles_kernel<TilesConfig<128>>, p.arch);
   dispatch_prefill_head_dim(p.cache.head_dim, [&](auto d) {
     using Config = TilesConfig<d>;
     TileWorkspace w = plan_tiles<d>(p);

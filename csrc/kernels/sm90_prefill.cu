@@ -1,6 +1,4 @@
 // INT8 prefill by wgmma, sm_90a: queries and tiles are prepared in the workspace, pass by pass.
-#include "sm90_prefill.h"
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -9,6 +7,7 @@
 #include "../device/prefill_prepare.cuh"
 #include "../device/tile_expand.cuh"
 #include "../device/wgmma_prefill.cuh"
+#include "sm90_prefill.h"
 
 namespace tq4::sm90 {
 namespace {
@@ -33,11 +32,9 @@ Plan make_plan(const AttentionParams& p) {
   plan.buffers.num_slots = static_cast<int32_t>(slots);
   plan.buffers.counters = 0;
   plan.buffers.queries = round_up(4 * kMaxTilePasses, PrefillConfig<D>::kAlign);
-  plan.buffers.rotation =
-      round_up<int64_t>(plan.buffers.queries + plan.num_images * QueryImage<D>::kBytes,
-                        PrefillConfig<D>::kAlign);
-  plan.tiles_offset =
-      plan.buffers.rotation + int64_t{Image::kRotationTiles} * Image::Value::kBytes;
+  plan.buffers.rotation = round_up<int64_t>(
+      plan.buffers.queries + plan.num_images * QueryImage<D>::kBytes, PrefillConfig<D>::kAlign);
+  plan.tiles_offset = plan.buffers.rotation + int64_t{Image::kRotationTiles} * Image::Value::kBytes;
   plan.tiles = make_tile_workspace(p.num_seqs, p.cache.num_kv_heads,
                                    static_cast<int64_t>(p.max_blocks) * p.cache.block_size,
                                    Image::kTileTokens, Image::kBytes, kTileWorkspaceLimit);
@@ -64,28 +61,30 @@ void launch(const AttentionParams& p, Stream stream) {
   const unsigned prepare_grid =
       std::min(ceil_div(images * Prepare::kParts, static_cast<unsigned>(Prepare::kGroups)),
                static_cast<unsigned>(Prepare::kCtas * p.num_sms));
-  launch_dependent_kernel(true, prepare_queries_kernel<D>, dim3(prepare_grid + 1),
-                          dim3(Prepare::kThreads), Prepare::kSmemBytes, stream, p,
-                          workspace + plan.buffers.queries, static_cast<int>(images),
-                          workspace + plan.buffers.rotation,
-                          reinterpret_cast<int32_t*>(workspace + plan.buffers.counters),
-                          plan.tiles.num_passes);
+  launch_dependent_kernel(
+      true, prepare_queries_kernel<D>, dim3(prepare_grid + 1), dim3(Prepare::kThreads),
+      Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries, static_cast<int>(images),
+      workspace + plan.buffers.rotation,
+      reinterpret_cast<int32_t*>(workspace + plan.buffers.counters), plan.tiles.num_passes);
   for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
     if (pass > 0) expand(pass, true);
-    launch_dependent_kernel(true, wgmma_prefill_kernel<D>,
-                            dim3(std::min(images, static_cast<unsigned>(p.num_sms))),
-                            dim3(Config::kThreads), Config::kSmemBytes, stream, p, plan.tiles,
-                            plan.buffers, pass);
+    launch_dependent_kernel(
+        true, wgmma_prefill_kernel<D>, dim3(std::min(images, static_cast<unsigned>(p.num_sms))),
+        dim3(Config::kThreads), Config::kSmemBytes, stream, p, plan.tiles, plan.buffers, pass);
   }
 }
 
 template <typename Function>
 auto dispatch(int head_dim, Function&& function) {
   switch (head_dim) {
-    case 64: return function(std::integral_constant<int, 64>{});
-    case 96: return function(std::integral_constant<int, 96>{});
-    case 128: return function(std::integral_constant<int, 128>{});
-    case 256: return function(std::integral_constant<int, 256>{});
+    case 64:
+      return function(std::integral_constant<int, 64>{});
+    case 96:
+      return function(std::integral_constant<int, 96>{});
+    case 128:
+      return function(std::integral_constant<int, 128>{});
+    case 256:
+      return function(std::integral_constant<int, 256>{});
     default:
       throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256, got " +
                                   std::to_string(head_dim));
@@ -95,10 +94,6 @@ auto dispatch(int head_dim, Function&& function) {
 }  // namespace
 
 int64_t prefill_workspace_bytes(const AttentionParams& p) {
-  // Rows of q are read by vector loads.
-  if ((reinterpret_cast<uintptr_t>(p.q) | (p.q_token_stride * 2) | (p.q_head_stride * 2)) % 16) {
-    return 0;
-  }
   return dispatch(p.cache.head_dim, [&](auto d) {
     const Plan plan = make_plan<d>(p);
     return plan.tiles.num_passes > 0 && plan.tiles.num_passes <= kMaxTilePasses ? plan.bytes : 0;

@@ -248,6 +248,11 @@ def prefill(
     queries in a sequence, query t sits at position ``L - T + t`` (chunked and prefix-cached prefill need
     nothing else).
 
+    Memory: where 512 or more query rows (``max_query_len * Hq / Hkv``) share keys, the CUDA backend unpacks
+    each tile of keys once into a workspace of at most 256 MiB from torch's allocator (on Hopper also the
+    quantised queries, ``T * Hq * (D + 4)`` bytes), in passes where more keys than that are in the call.
+    ``TQ4_PREFILL_UNPACK=in_kernel`` never does, ``ahead`` always, whatever the rows.
+
     Args:
         q: ``[T, Hq, D]`` fp16 or bf16, strided.  Rows past ``query_start_loc[B]`` are padding.
         cache: a :class:`PagedCache` or its tensor.

@@ -50,7 +50,8 @@ SCHEMAS = {
     "decode": _ATTENTION.format(query_start_loc="Tensor? query_start_loc", max_query_len=1),
 }
 
-#: Ops of tq4_cuda with a trailing ``int path=0`` (1 portable kernels only; prefill: + 2 unpack in the kernel, + 4 unpack ahead).
+#: Ops of tq4_cuda with a trailing ``int path=0``: 1 portable kernels only; prefill: + 2 unpack in the kernel,
+#: + 4 unpack ahead.
 _WITH_PATH = ("prefill", "decode")
 
 _library = torch.library.Library("tq4", "DEF")

@@ -305,7 +305,6 @@ int main() {
   run("soft cap and sinks", but([](Case& c) { c.softcap = 3.f, c.sinks = true; }));
   run("negative scale", but([](Case& c) { c.sm_scale = -0.1f; }));
   run("page of 48", but([](Case& c) { c.block_size = 48; }));
-  run("unaligned rows", but([](Case& c) { c.gap = 1; }));
   run("several passes", but([](Case& c) {
         c.lengths = {0, 200, 16, 70, 130};
         c.queries = {1, 3, 16, 70, 2};
