@@ -1,11 +1,20 @@
-// The mma.sync prefill kernels themselves, run on the CPU (cuda_cpu.h), against attention in double
-// precision: from pages and from unpacked tiles, head dimensions, modes, layouts, chunks, windows,
-// soft cap, sinks, poisoned tails and garbage in the block table.
+// The prefill kernels themselves, run on the CPU (cuda_cpu.h), against attention in double
+// precision: by mma.sync from pages and from unpacked tiles, by wgmma; head dimensions, modes,
+// layouts, chunks, windows, soft cap, sinks, poisoned tails and garbage in the block table.
 #include "emulated_cache.h"
 // What the kernel includes must come after the emulation.
 #include "device/page_copy.h"
 #include "kernels/sm80_prefill.cuh"
 #include "kernels/sm80_prefill_tiles.cuh"
+
+// Code of sm_90a, without the instructions that only the order of others needs.
+#define __CUDA_ARCH_FEAT_SM90_ALL
+#define asm
+#define volatile(...)
+#include "device/prefill_prepare.cuh"
+#include "device/wgmma_prefill.cuh"
+#undef asm
+#undef volatile
 
 namespace {
 
@@ -63,31 +72,70 @@ void launch_tiles(const tq4::AttentionParams& p, int64_t limit_tiles) {
   }
 }
 
-// limit_tiles = 0: the kernel that reads pages.
-void launch(const tq4::AttentionParams& p, int64_t limit_tiles) {
-  const bool tiles = limit_tiles > 0;
+// As csrc/kernels/sm90_prefill.cu does.
+template <int D>
+void launch_wgmma(tq4::AttentionParams p, int64_t limit_tiles) {
+  using Config = tq4::sm90::PrefillConfig<D>;
+  using Prepare = tq4::sm90::PrepareConfig<D>;
+  using Image = tq4::WgmmaImage<D>;
+  using Query = tq4::QueryImage<D>;
+  const int group = p.num_q_heads / p.cache.num_kv_heads;
+  const int64_t slots = tq4::prefill_slots(p.num_tokens, group, Query::kRows, p.num_seqs);
+  const int images = static_cast<int>(slots) * p.cache.num_kv_heads;
+  tq4::TileWorkspace w = tq4::make_tile_workspace(
+      p.num_seqs, p.cache.num_kv_heads, static_cast<int64_t>(p.max_blocks) * p.cache.block_size,
+      Image::kTileTokens, Image::kBytes, limit_tiles * Image::kBytes);
+  CHECK(w.num_passes >= 1);
+  tq4::sm90::PrefillBuffers buffers{};
+  buffers.num_slots = static_cast<int32_t>(slots);
+  buffers.queries = tq4::round_up<int64_t>(4 * w.num_passes, Config::kAlign);
+  buffers.rotation =
+      tq4::round_up<int64_t>(buffers.queries + int64_t{images} * Query::kBytes, Config::kAlign);
+  const int64_t tiles = buffers.rotation + int64_t{Image::kRotationTiles} * Image::Value::kBytes;
+  std::vector<uint4> storage((tiles + w.capacity * Image::kBytes) / 16);
+  auto* const workspace = reinterpret_cast<uint8_t*>(storage.data());
+  std::memset(workspace, 0xff, storage.size() * 16);
+  p.workspace = workspace;
+  w.tiles = workspace + tiles;
+  for (int pass = 0; pass < w.num_passes; ++pass) {
+    // NaN: what no tile of this pass holds must not be used.
+    std::memset(w.tiles, 0xff, w.capacity * Image::kBytes);
+    emulation::launch(tq4::expand_tiles_kernel<Image>, 2, tq4::kExpandThreads, p, w, pass);
+    if (pass == 0) {
+      emulation::launch(tq4::sm90::prepare_queries_kernel<D>, 3, Prepare::kThreads, p,
+                        workspace + buffers.queries, images, workspace + buffers.rotation,
+                        reinterpret_cast<int32_t*>(workspace + buffers.counters), w.num_passes);
+    }
+    emulation::launch(tq4::sm90::wgmma_prefill_kernel<D>, std::min(images, 2), Config::kThreads, p,
+                      w, buffers, pass);
+  }
+}
+
+enum class Kernel { kPages, kTiles, kWgmma };
+
+template <int D>
+void launch(const tq4::AttentionParams& p, Kernel kernel, int64_t limit_tiles) {
+  if (kernel == Kernel::kWgmma) return launch_wgmma<D>(p, limit_tiles);
+  if (kernel == Kernel::kTiles) return launch_tiles<D>(p, limit_tiles);
+  if (p.int8) return launch_pages<D, true>(p);
+  launch_pages<D, false>(p);
+}
+
+void launch(const tq4::AttentionParams& p, Kernel kernel, int64_t limit_tiles) {
   switch (p.cache.head_dim) {
     case 64:
-      return tiles    ? launch_tiles<64>(p, limit_tiles)
-             : p.int8 ? launch_pages<64, true>(p)
-                      : launch_pages<64, false>(p);
+      return launch<64>(p, kernel, limit_tiles);
     case 96:
-      return tiles    ? launch_tiles<96>(p, limit_tiles)
-             : p.int8 ? launch_pages<96, true>(p)
-                      : launch_pages<96, false>(p);
+      return launch<96>(p, kernel, limit_tiles);
     case 128:
-      return tiles    ? launch_tiles<128>(p, limit_tiles)
-             : p.int8 ? launch_pages<128, true>(p)
-                      : launch_pages<128, false>(p);
+      return launch<128>(p, kernel, limit_tiles);
     default:
-      return tiles    ? launch_tiles<256>(p, limit_tiles)
-             : p.int8 ? launch_pages<256, true>(p)
-                      : launch_pages<256, false>(p);
+      return launch<256>(p, kernel, limit_tiles);
   }
 }
 
 template <typename T>
-void run(const char* name, const Case& c, bool tiles, uint64_t seed) {
+void run(const char* name, const Case& c, Kernel kernel, uint64_t seed) {
   Random random(seed);
   const int D = c.head_dim, hkv = c.num_kv_heads, hq = hkv * c.group;
   const int num_seqs = static_cast<int>(c.lengths.size());
@@ -170,7 +218,7 @@ void run(const char* name, const Case& c, bool tiles, uint64_t seed) {
   p.num_seqs = num_seqs, p.num_tokens = num_tokens, p.num_q_heads = hq;
   p.max_query_len = num_tokens;
   p.num_sms = 2, p.arch = 80;
-  launch(p, tiles ? c.limit_tiles : 0);
+  launch(p, kernel, c.limit_tiles);
 
   double error = 0, norm = 0, worst_lse = 0;
   for (int s = 0; s < num_seqs; ++s) {
@@ -260,18 +308,20 @@ void run(const char* name, const Case& c, bool tiles, uint64_t seed) {
   CHECK(relative < bound);
   CHECK(worst_lse < (c.int8 && c.turn != Turn::kNone ? 2e-2 : 2e-3));
   if (!(relative < bound) || !(worst_lse < 2e-2)) {
-    std::printf("%s%s: error %.2e, LSE %.2e\n", name, tiles ? " from tiles" : "", relative,
-                worst_lse);
+    const char* const where[] = {"pages", "tiles", "tiles by wgmma"};
+    std::printf("%s from %s: error %.2e, LSE %.2e\n", name, where[static_cast<int>(kernel)],
+                relative, worst_lse);
   }
 }
 
 void run(const char* name, const Case& c) {
-  for (const bool tiles : {false, true}) {
-    if (tiles && !c.int8) continue;
+  for (const Kernel kernel : {Kernel::kPages, Kernel::kTiles, Kernel::kWgmma}) {
+    if (kernel != Kernel::kPages && !c.int8) continue;
+    if (kernel == Kernel::kWgmma && c.gap % 8 != 0) continue;  // wants rows of 16-byte chunks
     if (c.bf16) {
-      run<__nv_bfloat16>(name, c, tiles, 1);
+      run<__nv_bfloat16>(name, c, kernel, 1);
     } else {
-      run<__half>(name, c, tiles, 1);
+      run<__half>(name, c, kernel, 1);
     }
   }
 }
@@ -299,6 +349,12 @@ int main() {
         c.head_major = true;
       }));
   run("more queries than keys", but([](Case& c) { c.lengths = {5}, c.queries = {9}; }));
+  run("more tiles than stages", but([](Case& c) {
+        c.lengths = {700, 70};
+        c.queries = {3, 60};
+        c.turn = Turn::kHadamard;
+      }));
+  run("almost a Hadamard matrix", but([](Case& c) { c.turn = Turn::kAlmostHadamard; }));
   run("window", but([](Case& c) { c.window_left = 10, c.lengths = {150}; }));
   run("two-sided window", but([](Case& c) { c.window_left = 9, c.window_right = 4; }));
   run("not causal", but([](Case& c) { c.window_right = -1, c.group = 7; }));

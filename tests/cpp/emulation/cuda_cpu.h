@@ -271,17 +271,22 @@ enum Kind {
   kRegisters
 };
 
-inline void barrier(int id, int threads) {
+inline void arrive_at_barrier(int id, int threads) {
   Machine& m = machine();
   NamedBarrier& b = m.barriers[id];
-  const uint64_t generation = b.generation;
   if (++b.arrived == threads) {
     b.arrived = 0;
     ++b.generation;
     ++m.progress;
-  } else {
-    m.wait([&] { return b.generation != generation; });
   }
+}
+
+inline void barrier(int id, int threads) {
+  Machine& m = machine();
+  NamedBarrier& b = m.barriers[id];
+  const uint64_t generation = b.generation;
+  arrive_at_barrier(id, threads);
+  m.wait([&] { return b.generation != generation; });
 }
 
 template <typename T>

@@ -53,6 +53,12 @@ inline int __syncthreads_or(int value) {
   return result;
 }
 
+inline int32_t atomicAdd(int32_t* p, int32_t value) {
+  const int32_t old = *p;
+  *p += value;
+  return old;
+}
+
 inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
   const uint32_t old = *p;
   *p = std::max(old, value);

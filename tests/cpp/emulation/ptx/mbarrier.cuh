@@ -22,5 +22,8 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 inline void named_barrier_sync(uint32_t id, uint32_t threads) {
   emulation::barrier(static_cast<int>(id), static_cast<int>(threads));
 }
+inline void named_barrier_arrive(uint32_t id, uint32_t threads) {
+  emulation::arrive_at_barrier(static_cast<int>(id), static_cast<int>(threads));
+}
 
 }  // namespace tq4::ptx
