@@ -61,8 +61,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
-    """Every test begins with the same seeds and with the automatic backend."""
+def _same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Every test begins with the same seeds, the automatic backend and the prefill kernel of its target."""
+    callspec = getattr(request.node, "callspec", None)
+    unpack = getattr(callspec.params.get("target"), "unpack", None) if callspec is not None else None
+    if unpack is not None:
+        monkeypatch.setenv("TQ4_PREFILL_UNPACK", unpack)
     random.seed(0)
     torch.manual_seed(0)
     yield

@@ -5,7 +5,8 @@
     compute-sanitizer --tool initcheck python tests/sanitize.py
 
 Problems and answers are made on the CPU; the GPU sees copies, fills and tq4's kernels.  Each result is
-checked too.  Options: backends to run (default: cuda cuda-sm80), --device cpu to try the script.
+checked too.  Options: what to run (default: cuda cuda-sm80 cuda-ahead cuda-sm80-ahead, the last two being the
+prefill kernels that read unpacked tiles), --device cpu to try the script.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ from support_attention import (
     FLOAT16,
     FLOAT32,
     MODES,
+    UNPACK_TARGETS,
     Case,
+    Target,
     answer,
     build,
     judge,
     new_cache,
     quantizer,
     run,
+    unpacking,
 )
 
 _PREFILL = [
@@ -82,14 +86,15 @@ _STORE = [
 ]
 
 
-def attend(case: Case, op: str, backend: str, device: str) -> None:
+def attend(case: Case, op: str, target: Target, device: str) -> None:
     """One attention call over a problem made on the CPU, its result judged there."""
     problem = build(case, "cpu")
     moved = problem if device == "cpu" else problem.to(device)
     out = torch.full_like(problem.q, math.nan)
-    result, lse = run(moved, backend, op, out=out.to(device))
+    with unpacking(target.unpack):
+        result, lse = run(moved, target.backend, op, out=out.to(device))
     answers = {mode: answer(problem, mode) for mode in (MODES if case.int8 else ("exact",))}
-    judge(problem, answers, result.cpu(), lse.cpu(), f"{op} {backend}")
+    judge(problem, answers, result.cpu(), lse.cpu(), f"{op} {target}")
 
 
 def store_and_gather(case: Case, backend: str, device: str) -> None:
@@ -115,20 +120,27 @@ def store_and_gather(case: Case, backend: str, device: str) -> None:
         assert 0.05 < error < 0.2, f"store and gather {backend} {case}: round trip error {error:.3g}"
 
 
-def run_all(backends: list[str], device: str) -> int:
-    """Run the reduced set and return the number of checked calls.
+def run_all(names: list[str], device: str) -> int:
+    """Run the reduced set on targets by name and return the number of checked calls.
+
+    A target that asks for a prefill kernel runs only what reaches that kernel.
 
     Raises:
         AssertionError: a result is wrong.
     """
     count = 0
-    for backend in backends:
-        for case in _STORE:
-            store_and_gather(case, backend, device)
-        for op, cases in (("prefill", _PREFILL), ("decode", _DECODE)):
+    for name in names:
+        target = next((t for t in UNPACK_TARGETS if t.name == name), Target(name, device))
+        whole = target.unpack is None
+        stores = _STORE if whole else []
+        for case in stores:
+            store_and_gather(case, target.backend, device)
+        prefills = [case for case in _PREFILL if whole or case.int8]
+        decodes = _DECODE if whole else []
+        for op, cases in (("prefill", prefills), ("decode", decodes)):
             for case in cases:
-                attend(case, op, backend, device)
-        count += len(_STORE) + len(_PREFILL) + len(_DECODE)
+                attend(case, op, target, device)
+        count += len(stores) + len(prefills) + len(decodes)
     return count
 
 
@@ -136,11 +148,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("backends", nargs="*", default=["cuda", "cuda-sm80"])
+    parser.add_argument("targets", nargs="*", default=["cuda", "cuda-sm80", "cuda-ahead", "cuda-sm80-ahead"])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
-    count = run_all(args.backends, args.device)
-    print(f"{count} calls right on {', '.join(args.backends)}")
+    count = run_all(args.targets, args.device)
+    print(f"{count} calls right on {', '.join(args.targets)}")
     return 0
 
 

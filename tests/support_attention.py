@@ -12,6 +12,7 @@ are NaN, so a single one that is used shows.  Outputs are filled with NaN before
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -45,19 +46,30 @@ DTYPE_NAMES = {FLOAT16: "f16", BFLOAT16: "bf16", FLOAT32: "f32"}
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One backend on one kind of device."""
+    """One backend on one kind of device.
+
+    ``unpack`` asks the CUDA extension for one of its prefill kernels, whatever the shape: conftest.py puts it
+    into TQ4_PREFILL_UNPACK for the length of a test with a parameter ``target``, others use ``unpacking``.
+    None leaves the choice alone.
+    """
 
     backend: str
     device: str
+    unpack: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What TQ4_TEST_BACKENDS calls it: the backend, and the choice of a kernel if there is one."""
+        return self.backend if self.unpack is None else f"{self.backend}-{self.unpack.replace('_', '-')}"
 
     def __str__(self) -> str:
-        return self.backend if self.device == "cuda" else f"{self.backend}@{self.device}"
+        return self.name if self.device == "cuda" else f"{self.name}@{self.device}"
 
     def require(self) -> None:
         """Skip the test when this machine cannot run the target; fail when TQ4_TEST_BACKENDS names it."""
         wanted = [b for b in os.environ.get("TQ4_TEST_BACKENDS", "").split(",") if b]
-        if wanted and self.backend not in wanted:
-            pytest.skip(f"TQ4_TEST_BACKENDS does not name {self.backend}")
+        if wanted and self.name not in wanted:
+            pytest.skip(f"TQ4_TEST_BACKENDS does not name {self.name}")
         problem = None
         if self.device == "cuda" and not torch.cuda.is_available():
             problem = "no CUDA device"
@@ -80,19 +92,37 @@ CPU_TARGETS = (Target("reference", "cpu"), Target("triton", "cpu"))
 CUDA_TARGETS = (Target("cuda", "cuda"), Target("cuda-sm80", "cuda"))
 SHORT_LIST_TARGETS = (Target("triton", "cuda"), Target("reference", "cuda"))
 GPU_TARGETS = CUDA_TARGETS + SHORT_LIST_TARGETS
+# Small problems would never reach the kernels that read unpacked tiles, nor large ones the others.  Without
+# tiles there is one kernel for both backends.
+UNPACK_TARGETS = (
+    Target("cuda", "cuda", "ahead"),
+    Target("cuda-sm80", "cuda", "ahead"),
+    Target("cuda-sm80", "cuda", "in_kernel"),
+)
 
 
-def on_targets(*, cpu: bool = True, gpu: bool = True):
-    """Parametrise a test by ``target`` alone."""
+@contextlib.contextmanager
+def unpacking(where: str | None):
+    """TQ4_PREFILL_UNPACK for a block; None leaves it as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if where is not None:
+            patch.setenv("TQ4_PREFILL_UNPACK", where)
+        yield
+
+
+def on_targets(*, cpu: bool = True, gpu: bool = True, prefill: bool = False):
+    """Parametrise a test by ``target`` alone; ``prefill``: also by where prefill unpacks."""
     params = [pytest.param(t, id=str(t)) for t in CPU_TARGETS if cpu]
-    params += [pytest.param(t, id=str(t), marks=pytest.mark.gpu) for t in GPU_TARGETS if gpu]
+    gpu_targets = GPU_TARGETS + (UNPACK_TARGETS if prefill else ())
+    params += [pytest.param(t, id=str(t), marks=pytest.mark.gpu) for t in gpu_targets if gpu]
     return pytest.mark.parametrize("target", params)
 
 
-def on_cases(cpu: Sequence = (), gpu: Sequence = (), gpu_all: Sequence = ()):
+def on_cases(cpu: Sequence = (), gpu: Sequence = (), gpu_all: Sequence = (), *, prefill: bool = False):
     """Parametrise a test by (case, target), case by case, so that cached answers serve all targets.
 
-    ``cpu``: every CPU target.  ``gpu``: every GPU target.  ``gpu_all``: the CUDA backends only.
+    ``cpu``: every CPU target.  ``gpu``: every GPU target.  ``gpu_all``: the CUDA backends only.  ``prefill``:
+    INT8 cases of both also by where prefill unpacks; fp16 mode has one kernel.
     """
     params = []
     for cases, targets, marks in (
@@ -101,7 +131,8 @@ def on_cases(cpu: Sequence = (), gpu: Sequence = (), gpu_all: Sequence = ()):
         (gpu_all, CUDA_TARGETS, (pytest.mark.gpu,)),
     ):
         for case in cases:
-            params += [pytest.param(case, t, id=f"{case}-{t}", marks=marks) for t in targets]
+            asked = UNPACK_TARGETS if prefill and targets is not CPU_TARGETS and case.int8 else ()
+            params += [pytest.param(case, t, id=f"{case}-{t}", marks=marks) for t in (*targets, *asked)]
     return pytest.mark.parametrize("case,target", params)
 
 

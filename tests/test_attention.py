@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -28,6 +29,9 @@ from support_attention import (
     solved,
     verify,
 )
+
+on_prefill_cases = functools.partial(on_cases, prefill=True)
+on_prefill_targets = functools.partial(on_targets, prefill=True)
 
 # ----------------------------------------------------------------------- every mask option, by brute force
 
@@ -89,7 +93,7 @@ def test_answers_are_brute_force(case: Case) -> None:
         torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=1e-6)
 
 
-@on_cases(cpu=MASK_CASES, gpu=MASK_CASES[::2], gpu_all=MASK_CASES[1::2])
+@on_prefill_cases(cpu=MASK_CASES, gpu=MASK_CASES[::2], gpu_all=MASK_CASES[1::2])
 def test_masks(case: Case, target: Target) -> None:
     verify(case, target)
 
@@ -149,7 +153,7 @@ MATRIX_CPU = [
 ]
 
 
-@on_cases(cpu=MATRIX_CPU, gpu=MATRIX_FEW, gpu_all=MATRIX)
+@on_prefill_cases(cpu=MATRIX_CPU, gpu=MATRIX_FEW, gpu_all=MATRIX)
 def test_matrix(case: Case, target: Target) -> None:
     """D x dtype x group x page x layout, lengths 0, 1, page - 1, page, page + 1, thousands; all poisoned."""
     verify(case, target)
@@ -158,7 +162,7 @@ def test_matrix(case: Case, target: Target) -> None:
 _LARGE = Case(head_dim=128, kv_heads=2, group=4, seq_lens=(2048, 777), query_lens=(512, 777))
 
 
-@on_cases(
+@on_prefill_cases(
     gpu=[
         _LARGE,
         _LARGE.but(data="outlier"),
@@ -181,7 +185,7 @@ def test_large_and_outliers(case: Case, target: Target) -> None:
 _REAL = Case(head_dim=128, kv_heads=2, group=4, seq_lens=(2048,), query_lens=(2048,), data="real")
 
 
-@on_cases(
+@on_prefill_cases(
     gpu=[
         _REAL,
         _REAL.but(rotation=None),
@@ -210,7 +214,7 @@ _MIXED = Case(head_dim=64, seq_lens=(40, 17, 33), query_lens=(40, 3, 9), group=3
 _MIXED_GPU = _MIXED.but(head_dim=128, seq_lens=(900, 17, 333), query_lens=(300, 3, 120), group=4)
 
 
-@on_cases(cpu=[_MIXED], gpu=[_MIXED_GPU, _MIXED_GPU.but(dtype=BFLOAT16, int8=False)])
+@on_prefill_cases(cpu=[_MIXED], gpu=[_MIXED_GPU, _MIXED_GPU.but(dtype=BFLOAT16, int8=False)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_bad_query_rows_stay_alone(case: Case, target: Target, bad: float) -> None:
     """NaN or infinity in a query row (one token, one head) changes no other row."""
@@ -234,7 +238,7 @@ def test_bad_query_rows_stay_alone(case: Case, target: Target, bad: float) -> No
     judge(problem, answers, out, lse, f"prefill {target}")
 
 
-@on_cases(
+@on_prefill_cases(
     cpu=[_MIXED],
     gpu=[_MIXED_GPU, _MIXED_GPU.but(layout="head_major"), _MIXED_GPU.but(int8=False, window=(50, -1))],
 )
@@ -247,7 +251,7 @@ def test_block_table_garbage_is_never_followed(case: Case, target: Target) -> No
     judge(problem, answers, out, lse, f"prefill {target}")
 
 
-@on_targets()
+@on_prefill_targets()
 def test_no_keys_and_no_queries(target: Target) -> None:
     """Sequences without keys give zeros and -inf (or the sink); no tokens at all is no error."""
     target.require()
@@ -262,7 +266,7 @@ def test_no_keys_and_no_queries(target: Target) -> None:
     assert out.shape[0] == 0 and lse.shape[1] == 0
 
 
-@on_targets()
+@on_prefill_targets()
 def test_lse_rows_of_padding_are_untouched(target: Target) -> None:
     """The op itself, with an LSE of its own: columns of padding rows keep their bits."""
     target.require()
@@ -293,7 +297,7 @@ def test_lse_rows_of_padding_are_untouched(target: Target) -> None:
     judge(problem, answers, out[:6], lse[:, :6], f"torch.ops.tq4.prefill {target}")
 
 
-@on_targets()
+@on_prefill_targets()
 def test_unknown_max_query_len(target: Target) -> None:
     """Without an upper bound of the query lengths the answer is the same."""
     target.require()
@@ -302,7 +306,7 @@ def test_unknown_max_query_len(target: Target) -> None:
     judge(problem, answers, out, lse, f"prefill {target}")
 
 
-@on_cases(
+@on_prefill_cases(
     cpu=[_MIXED.but(data="outlier", dtype=BFLOAT16)],
     gpu=[_MIXED_GPU.but(data="outlier"), _MIXED_GPU.but(rotation=None, layout="head_major")],
 )

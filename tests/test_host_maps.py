@@ -228,6 +228,88 @@ def test_key_tile_is_a_conflict_free_bijection(host_maps, head_dim, element_byte
             assert len(_banks(offsets[row + i // 4][i % 4][chunk] for i in range(8))) == 8
 
 
+# ---- images of the wgmma kernels --------------------------------------------------------------
+
+
+def _swizzled(row_bytes: int, rows: int, row: int, chunk: int) -> int:
+    """Where the PTX ISA's 128-byte or 64-byte swizzle puts a 16-byte chunk of rows laid out in panels."""
+    panel, within = divmod(16 * chunk, row_bytes)
+    linear = panel * rows * row_bytes + row * row_bytes + within
+    return linear ^ ((linear >> 7) % (row_bytes // 16) << 4)
+
+
+def _hold_image(offsets, row_bytes: int, begin: int, end: int) -> None:
+    """Distinct chunks inside [begin, end), swizzled, and eight rows of a chunk in eight bank groups."""
+    rows = len(offsets)
+    flat = [offset for row in offsets for offset in row]
+    assert len(flat) == len(set(flat))
+    assert all(begin <= offset <= end - 16 for offset in flat)
+    for row, chunks in enumerate(offsets):
+        assert chunks == [begin + _swizzled(row_bytes, rows, row, chunk) for chunk in range(len(chunks))]
+    for row in range(0, rows, 8):
+        for chunk in range(len(offsets[0])):
+            assert len(_banks(offsets[row + i][chunk] for i in range(8))) == 8
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_wgmma_image_is_swizzled_without_overlap(host_maps, head_dim):
+    image = host_maps.wgmma_image(head_dim)
+    tokens, key_row = image["tokens"], 64 if head_dim == 64 else 128
+    assert [len(row) for row in image["key_offsets"]] == [head_dim // 16] * tokens
+    assert [len(row) for row in image["value_offsets"]] == [head_dim // 8] * tokens
+    _hold_image(image["key_offsets"], key_row, 0, image["values"])
+    _hold_image(image["value_offsets"], 128, image["values"], image["norms"])
+    assert image["values"] + image["value_bytes"] == image["norms"]
+    # The swizzles repeat every 1024 bytes: parts begin at multiples of that in shared memory.
+    assert image["values"] % 1024 == 0 and image["value_bytes"] % 1024 == 0
+    assert image["bytes"] == image["norms"] + 4 * tokens and image["bytes"] % 128 == 0
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_wgmma_image_has_a_norm_a_token_in_order(host_maps, head_dim):
+    image = host_maps.wgmma_image(head_dim)
+    data = np.frombuffer(image["scaled"], dtype=np.uint8)
+    assert not data[: image["norms"]].any()
+    norms = data[image["norms"] :].view(np.float32)
+    assert norms.tolist() == list(range(1, image["tokens"] + 1))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_wgmma_query_image_is_one_of_keys_with_scales(host_maps, head_dim):
+    image = host_maps.wgmma_image(head_dim)
+    rows = image["query_rows"]
+    assert rows % 64 == 0 and [len(row) for row in image["query_offsets"]] == [head_dim // 16] * rows
+    _hold_image(image["query_offsets"], 64 if head_dim == 64 else 128, 0, image["query_scales"])
+    assert image["query_bytes"] == image["query_scales"] + 4 * rows
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_wgmma_rotation_image_is_in_tiles_of_values(host_maps, head_dim):
+    image = host_maps.wgmma_image(head_dim)
+    tokens, size = image["tokens"], image["value_bytes"]
+    offsets = image["rotation_offsets"]
+    assert image["rotation_tiles"] == -(-head_dim // tokens)
+    flat = [offset for row in offsets for offset in row]
+    assert len(flat) == head_dim * head_dim // 8 == len(set(flat))
+    assert all(0 <= offset <= image["rotation_tiles"] * size - 16 for offset in flat)
+    for row in range(head_dim):
+        tile, token = divmod(row, tokens)
+        values = image["value_offsets"][token]
+        assert offsets[row] == [tile * size + offset - image["values"] for offset in values]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_wgmma_rotation_columns_are_the_dims_in_an_order_to_store(host_maps, head_dim):
+    dims = host_maps.wgmma_image(head_dim)["rotation_dims"]  # [chunk][pair], the first of two
+    columns = [dim + odd for chunk in dims for dim in chunk for odd in range(2)]
+    assert sorted(columns) == list(range(head_dim))
+    # Lane t of a row holds columns 8 chunk + 2 t, + 1: of every four chunks eight dims side by side.
+    for block in range(head_dim // 32):
+        for t in range(4):
+            mine = [dims[4 * block + i][t] + odd for i in range(4) for odd in range(2)]
+            assert mine == list(range(32 * block + 8 * t, 32 * block + 8 * t + 8))
+
+
 # ---- schedules --------------------------------------------------------------------------------
 
 

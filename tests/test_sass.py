@@ -126,9 +126,7 @@ def test_prefill_from_tiles_only_copies_and_multiplies(instructions):
             continue
         found[arch].add(int(match.group(1)))
         assert counts["HMMA.16816.F32"] > 0 and counts["IMMA.16832.S8.S8"] > 0, (arch, name)
-        total = Counter()
-        for code, n in counts.items():
-            total[code.split(".")[0]] += n
+        total = _by_family(counts)
         assert total["LDGSTS"] > 0, (arch, name)
         pages = next(
             c
@@ -139,6 +137,70 @@ def test_prefill_from_tiles_only_copies_and_multiplies(instructions):
         assert total["PRMT"] < unpacking - 40, (arch, name, total["PRMT"], unpacking)
     plain, _ = _built_archs()
     assert dict(found) == {arch: set(HEAD_DIMS) for arch in plain}
+
+
+def _by_family(counts: Counter) -> Counter:
+    """Instructions by the name before the first dot."""
+    total = Counter()
+    for code, n in counts.items():
+        total[code.split(".")[0]] += n
+    return total
+
+
+def _wgmma_kernels(instructions, kernel: str) -> dict[int, list[tuple[str, Counter]]]:
+    """(architecture, instruction counts) of a kernel of sm_90a's own, by head dimension."""
+    found = defaultdict(list)
+    for (arch, name), counts in instructions.items():
+        if match := re.search(rf"sm90\d+{kernel}ILi(\d+)E", name):
+            found[int(match.group(1))].append((arch, _by_family(counts)))
+    _, sm90a = _built_archs()
+    if not sm90a:
+        assert not found, f"{kernel} outside sm_90a"
+        pytest.skip("built without sm_90a")
+    assert set(found) == set(HEAD_DIMS), kernel
+    return found
+
+
+def _hold_wgmma(head_dim: int, arch: str, total: Counter, products: tuple[str, ...]) -> None:
+    who = (head_dim, arch)
+    assert arch in ("sm_90", "sm_90a"), who
+    for product in ("IGMMA", "HGMMA", "IMMA", "HMMA"):
+        assert (total[product] > 0) == (product in products), (who, product)
+    # Products are issued in batches: where the compiler cannot prove that nobody touches their
+    # registers it makes each one wait for the one before.
+    # (WARPGROUP.ARRIVE before a batch and WARPGROUP.DEPBAR after it.)
+    assert total["WARPGROUP"] <= sum(total[product] for product in products), who
+    assert total["LDL"] == total["STL"] == 0, who
+
+
+def test_wgmma_prefill_uses_both_warpgroup_products(instructions):
+    """int8 scores and fp16 values by wgmma and nothing else, fed by bulk copies."""
+    for head_dim, kernels in _wgmma_kernels(instructions, "wgmma_prefill_kernel").items():
+        for arch, total in kernels:
+            _hold_wgmma(head_dim, arch, total, ("IGMMA", "HGMMA"))
+            assert total["UBLKCP"] > 0, (head_dim, arch)  # bulk copies into shared memory
+            assert total["USETMAXREG"] >= 2, (head_dim, arch)  # registers from producer to consumers
+            assert total["IGMMA"] % (head_dim // 32) == 0, (head_dim, arch)  # whole rows of q k
+
+
+def test_prepare_queries_rotates_by_warpgroup_products(instructions):
+    for head_dim, kernels in _wgmma_kernels(instructions, "prepare_queries_kernel").items():
+        for arch, total in kernels:
+            _hold_wgmma(head_dim, arch, total, ("HGMMA",))
+            assert total["HGMMA"] % (head_dim // 16) == 0, (head_dim, arch)  # whole rows of q R^T
+
+
+def test_tiles_are_expanded_for_both_prefill_kernels(instructions):
+    """One kernel an image; that of sm_90a's own kernel is not built elsewhere."""
+    portable, own = defaultdict(set), defaultdict(set)
+    for arch, name in instructions:
+        if match := re.search(r"expand_tiles_kernel.*PrefillImage.*PrefillConfigILi(\d+)ELb1ELb1E", name):
+            portable[arch.rstrip("a")].add(int(match.group(1)))
+        elif match := re.search(r"expand_tiles_kernel.*WgmmaImageILi(\d+)E", name):
+            own[arch.rstrip("a")].add(int(match.group(1)))
+    plain, sm90a = _built_archs()
+    assert dict(portable) == {arch: set(HEAD_DIMS) for arch in plain}
+    assert dict(own) == ({"sm_90": set(HEAD_DIMS)} if sm90a else {})
 
 
 def test_no_kernel_touches_local_memory(instructions):

@@ -17,10 +17,12 @@ import sanitize
 import tq4
 from support_attention import (
     BFLOAT16,
+    CUDA_TARGETS,
     FLOAT16,
     FLOAT32,
     GPU_TARGETS,
     MODES,
+    UNPACK_TARGETS,
     Case,
     Target,
     answer,
@@ -32,6 +34,7 @@ from support_attention import (
     quantizer,
     run,
 )
+from support_fuzz import fuzz_seed, random_case
 from tq4 import layout
 
 # --------------------------------------------------------------------------------------------- large caches
@@ -43,7 +46,7 @@ def _two_gigabytes() -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("target", GPU_TARGETS, ids=str)
+@pytest.mark.parametrize("target", [*GPU_TARGETS, *UNPACK_TARGETS[:2]], ids=str)
 @pytest.mark.parametrize("layout_name", ["token_major", "head_major"])
 def test_offsets_beyond_2_31_bytes(target: Target, layout_name: str) -> None:
     """Pages at both ends of a cache of 2.4 GB, through all four operations."""
@@ -83,63 +86,8 @@ def test_offsets_beyond_2_31_bytes(target: Target, layout_name: str) -> None:
 # ----------------------------------------------------------------------------------------------------- fuzz
 
 
-def _seed() -> int:
-    return int(os.environ.get("TQ4_FUZZ_SEED") or random.SystemRandom().randrange(1 << 31))
-
-
-def random_case(
-    rng: random.Random, op: str, longest: int, heads: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 12)
-) -> Case:
-    """Any problem the operations accept, small enough for a quick answer."""
-    group = rng.choice(heads)
-    batch = rng.choice((1, 1, 2, 3, 5, 9))
-    page = rng.choice((16, 16, 32, 48, 64, 128))
-    lens, queries = [], []
-    for _ in range(batch):
-        n = rng.choice(
-            (0, 1, page, rng.randint(1, longest), rng.randint(1, longest), rng.randint(1, 3 * page))
-        )
-        if op == "decode":
-            t = rng.randint(0, max(1, min(16, 64 // group)))
-        else:
-            t = rng.choice((0, 1, n, rng.randint(0, max(1, n)), rng.randint(0, 140)))
-        lens.append(n)
-        queries.append(min(t, 400))
-    causal = rng.random() < 0.8
-    window = (-1, -1)
-    if rng.random() < 0.4:
-        window = (
-            rng.choice((-1, 0, rng.randint(0, longest))),
-            -1 if causal else rng.choice((-1, 0, rng.randint(0, 60))),
-        )
-    token_major = rng.random() < 0.5
-    return Case(
-        head_dim=rng.choice((64, 96, 128, 128, 256)),
-        kv_heads=rng.choice((1, 1, 2, 3, 4, 8)),
-        group=group,
-        dtype=rng.choice((FLOAT16, BFLOAT16)),
-        page=page,
-        layout="token_major" if token_major else "head_major",
-        seq_lens=tuple(lens),
-        query_lens=tuple(queries),
-        rotation=rng.choice(("hadamard", "haar", None)),
-        causal=causal,
-        window=window,
-        softcap=rng.choice((0.0, 0.0, 5.0, 40.0)),
-        sinks=rng.random() < 0.3,
-        sm_scale=rng.choice((None, None, 0.05, 0.2)),
-        int8=rng.random() < 0.75,
-        row_padding=rng.choice((0, 0, 4, 20, 64)) if token_major else 0,
-        interleaved=rng.random() < 0.2,
-        strided=rng.random() < 0.3,
-        padding_rows=rng.choice((0, 0, 1, 5)),
-        norm_correction=rng.random() < 0.2,
-        seed=rng.randrange(1 << 30),
-    )
-
-
 def _fuzz(target: Target, op: str, count: int, longest: int, **fixed) -> None:
-    seed = _seed()
+    seed = fuzz_seed()
     print(f"TQ4_FUZZ_SEED={seed}")
     rng = random.Random(seed)
     for number in range(count):
@@ -160,9 +108,8 @@ def _count(share: float) -> int:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op,share", [("prefill", 0.6), ("decode", 0.4)], ids=["prefill", "decode"])
-@pytest.mark.parametrize("backend", ["cuda", "cuda-sm80"])
-def test_fuzz(backend: str, op: str, share: float) -> None:
-    target = Target(backend, "cuda")
+@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+def test_fuzz(target: Target, op: str, share: float) -> None:
     target.require()
     _fuzz(target, op, _count(share), 3000)
 
@@ -205,7 +152,7 @@ def test_fuzz_reference(op: str) -> None:
 def test_fuzz_store(target: Target) -> None:
     """Random shapes of store; Triton gets few, for it compiles them."""
     target.require()
-    seed = _seed()
+    seed = fuzz_seed()
     print(f"TQ4_FUZZ_SEED={seed}")
     rng = random.Random(seed)
     for number in range(_count(0.05 if target.backend == "triton" else 0.5)):
@@ -226,9 +173,9 @@ def test_fuzz_store(target: Target) -> None:
 # ------------------------------------------------------------------------------------------------ sanitizer
 
 
-@on_targets()
+@on_targets(prefill=True)
 @pytest.mark.sanitizer
 def test_reduced_set(target: Target) -> None:
     """What ``python tests/sanitize.py`` runs under compute-sanitizer, without it."""
     target.require()
-    assert sanitize.run_all([target.backend], target.device) > 0
+    assert sanitize.run_all([target.name], target.device) > 0

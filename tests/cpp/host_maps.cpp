@@ -13,6 +13,7 @@
 #include "device/prefill_schedule.cuh"
 #include "device/swizzle.cuh"
 #include "device/unpack4.cuh"
+#include "device/wgmma_image.cuh"
 #include "layout.h"
 
 namespace py = pybind11;
@@ -83,6 +84,44 @@ std::tuple<int, int, std::vector<std::vector<std::vector<int>>>> key_tile(int he
       }
     }
     return std::make_tuple(Tile::kRowBytes, Tile::kUsedBytes, offsets);
+  });
+}
+
+// Sizes, the offset of every chunk of 16 bytes and the dims of the rotation's columns of the images
+// that the wgmma prefill kernel reads.
+py::dict wgmma_image(int head_dim) {
+  return with_head_dim(head_dim, [](auto d) {
+    using Image = tq4::WgmmaImage<d>;
+    using Query = tq4::QueryImage<d>;
+    using Offsets = std::vector<std::vector<int>>;
+    const auto table = [](int rows, int chunks, auto&& offset) {
+      Offsets offsets(rows);
+      for (int row = 0; row < rows; ++row) {
+        for (int chunk = 0; chunk < chunks; ++chunk) offsets[row].push_back(offset(row, chunk));
+      }
+      return offsets;
+    };
+    py::dict fields;
+    fields["tokens"] = static_cast<int>(Image::kTileTokens);
+    fields["bytes"] = static_cast<int>(Image::kBytes);
+    fields["values"] = static_cast<int>(Image::kValues);
+    fields["value_bytes"] = static_cast<int>(Image::Value::kBytes);
+    fields["norms"] = static_cast<int>(Image::kNorms);
+    fields["rotation_tiles"] = static_cast<int>(Image::kRotationTiles);
+    fields["query_rows"] = static_cast<int>(Query::kRows);
+    fields["query_bytes"] = static_cast<int>(Query::kBytes);
+    fields["query_scales"] = static_cast<int>(Query::kScales);
+    fields["key_offsets"] = table(Image::kTileTokens, Image::kKeyChunks, Image::key_offset);
+    fields["value_offsets"] = table(Image::kTileTokens, d / 8, Image::value_offset);
+    fields["rotation_offsets"] = table(d, d / 8, Image::rotation_offset);
+    fields["rotation_dims"] = table(d / 8, 4, Image::rotation_dim);
+    fields["query_offsets"] = table(Query::kRows, d / 16, Query::Codes::offset);
+    std::vector<uint8_t> image(Image::kBytes, 0);
+    for (int token = 0; token < Image::kTileTokens; ++token) {
+      Image::write_scale(image.data(), token, static_cast<float>(1 + token));
+    }
+    fields["scaled"] = py::bytes(reinterpret_cast<const char*>(image.data()), image.size());
+    return fields;
   });
 }
 
@@ -188,6 +227,7 @@ PYBIND11_MODULE(host_maps, m) {
     if (element_bytes == 2) return key_tile<2>(head_dim, rows);
     throw std::invalid_argument("element_bytes must be 1 or 2");
   });
+  m.def("wgmma_image", &wgmma_image);
   m.def("fragment_map", &fragment_map);
   m.def("cell_indices", &cell_indices);
   m.def("decode_segments", &decode_segments);
