@@ -49,7 +49,7 @@ class Workload:
 
         Serving engines replay decode from graphs for that reason.
         """
-        return self.op in ("decode", "step") or sum(self.q_lens) <= 4096
+        return self.op in ("decode", "step", "store") or sum(self.q_lens) <= 4096
 
     @property
     def flops(self) -> float:

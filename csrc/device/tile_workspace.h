@@ -21,7 +21,7 @@ namespace tq4 {
 
 // Bound of the workspace that prefill asks for beside its queries, and of the passes that it makes
 // of a call whose keys may not fit.
-constexpr int64_t kTileWorkspaceLimit = int64_t{256} << 20;
+constexpr int64_t kTileWorkspaceLimit = int64_t{512} << 20;
 constexpr int kMaxTilePasses = 16;
 
 struct TileWorkspace {
