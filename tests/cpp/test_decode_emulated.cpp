@@ -283,6 +283,26 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
       for (int j = 0; j < D; ++j) y[i] += x[j] * rotation[transposed ? i * D + j : j * D + i];
     }
   };
+  // Codes of queries that come rotated: the recipe's fp32 quotient, rounded half to even.  16-bit
+  // values hit exact ties.
+  int64_t wrong_codes = 0;
+  if (p.int8 && !c.rotate && !c.nan_row) {
+    const auto* query_codes =
+        reinterpret_cast<const int8_t*>(static_cast<uint8_t*>(p.workspace) + plan.query_codes);
+    for (int64_t row = 0; row < int64_t{query_start_loc[num_seqs]} * hq; ++row) {
+      float largest = 0;
+      for (int d = 0; d < D; ++d) {
+        largest = std::max(largest, std::fabs(static_cast<float>(q_exact[row * D + d])));
+      }
+      const float unit = largest / 127.f;
+      for (int d = 0; d < D; ++d) {
+        const float quotient = static_cast<float>(q_exact[row * D + d]) / unit;
+        wrong_codes += query_codes[row * D + (d ^ 1)] != std::nearbyint(quotient);
+      }
+    }
+  }
+  CHECK(wrong_codes == 0);
+
   double error = 0, size = 0, worst_lse = 0;
   bool others_untouched = true, right_specials = true;
   std::vector<double> row(D), expected(D), rotated(D);
@@ -488,6 +508,11 @@ int main(int argc, char** argv) {
   test("64 rows, D 256", [](Case& c) {
     c.head_dim = 256, c.group = 4, c.queries = {16, 16}, c.lengths = {40, 20}, c.max_query_len = 16,
     c.num_kv_heads = 1;
+  });
+  test("queries without keys", [](Case& c) {
+    c.queries = {3, 8, 5}, c.lengths = {64, 0, 0}, c.max_query_len = 8, c.group = 7,
+    c.num_kv_heads = 4, c.layout = Layout::kHeadMajor, c.block_size = 64, c.sinks = true,
+    c.bf16 = true, c.num_sms = 9;
   });
   test("more queries than keys",
        [](Case& c) { c.queries = {5, 3}, c.lengths = {3, 0}, c.max_query_len = 5, c.group = 3; });
