@@ -11,7 +11,7 @@ and TQ4 with the rotation of V folded into the weights.
 that the cache decides, with the host kept ahead of the GPU; projections and MLP are the same for all.  "step"
 is the wall-clock time of a whole decoding step of these layers, the host's work included.  Steps get the mask
 that generate passes, except sdpa's where the GPU alone is timed: to look at the mask, as the library does for
-it, waits for the GPU.
+it, waits for the GPU.  cuDNN's attention is switched off.
 
 Writes ``benchmarks/results/<gpu>-transformers-layer.json`` with the keys of the other records.
 """
@@ -210,6 +210,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("transformers_layer: needs a CUDA GPU")
     record.check_package_matches_tree()
+    # cuDNN's attention plans anew for each length, about 10 ms of host time a layer and step: torch's other
+    # kernels (FlashAttention-2 where there is no mask) are the fairer peer.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model = build(args.layers, args.hidden, max(args.context) + 1024)
     timer = Timer()
     AttentionInterface.register("timed_sdpa", timer.wrap_attention(sdpa_attention_forward))
