@@ -1,29 +1,12 @@
 // Host side shared by the decode kernels: dependent launches, dispatch on the head dimension.
 #pragma once
 #include <stdexcept>
-#include <type_traits>
 
 #include "../device/decode_kernel.cuh"
 #include "../device/launch.h"
+#include "head_dim.h"
 
 namespace tq4 {
-
-// make_decode_plan has refused every other head dimension.
-template <typename Function>
-void dispatch_head_dim(int head_dim, Function&& function) {
-  switch (head_dim) {
-    case 64:
-      return function(std::integral_constant<int, 64>{});
-    case 96:
-      return function(std::integral_constant<int, 96>{});
-    case 128:
-      return function(std::integral_constant<int, 128>{});
-    case 256:
-      return function(std::integral_constant<int, 256>{});
-    default:
-      throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256");
-  }
-}
 
 template <int D, DecodeMode kMode, bool kBulk, bool kWide>
 void launch_decode_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {

@@ -9,7 +9,7 @@ namespace tq4::sm80 {
 
 template <bool kInt8>
 void launch_prefill_pages(const AttentionParams& p, Stream stream) {
-  dispatch_prefill_head_dim(p.cache.head_dim, [&](auto d) {
+  dispatch_head_dim(p.cache.head_dim, [&](auto d) {
     using Config = PrefillConfig<d, kInt8>;
     launch_kernel(prefill_kernel<Config>, dim3(prefill_grid<Config>(p)), dim3(Config::kThreads),
                   Config::kSmemBytes, stream, p, copy_width(p.cache), block_shift(p.cache));

@@ -25,7 +25,7 @@ TileWorkspace plan_tiles(const AttentionParams& p) {
 }  // namespace
 
 int64_t prefill_tiles_workspace_bytes(const AttentionParams& p) {
-  return dispatch_prefill_head_dim(p.cache.head_dim, [&](auto d) {
+  return dispatch_head_dim(p.cache.head_dim, [&](auto d) {
     const TileWorkspace w = plan_tiles<d>(p);
     return w.num_passes > 0 && w.num_passes <= kMaxTilePasses ? w.capacity * w.tile_bytes : 0;
   });
@@ -33,7 +33,7 @@ int64_t prefill_tiles_workspace_bytes(const AttentionParams& p) {
 
 void launch_prefill_tiles(const AttentionParams& p, Stream stream) {
   const bool overlapped = waits_for_predecessors(prefill_tiles_kernel<TilesConfig<128>>, p.arch);
-  dispatch_prefill_head_dim(p.cache.head_dim, [&](auto d) {
+  dispatch_head_dim(p.cache.head_dim, [&](auto d) {
     using Config = TilesConfig<d>;
     TileWorkspace w = plan_tiles<d>(p);
     w.tiles = static_cast<uint8_t*>(p.workspace);

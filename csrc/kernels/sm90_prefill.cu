@@ -1,12 +1,12 @@
 // INT8 prefill by wgmma, sm_90a: queries and tiles are prepared in the workspace, pass by pass.
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 
 #include "../device/launch.h"
 #include "../device/prefill_prepare.cuh"
 #include "../device/tile_expand.cuh"
 #include "../device/wgmma_prefill.cuh"
+#include "head_dim.h"
 #include "sm90_prefill.h"
 
 namespace tq4::sm90 {
@@ -74,34 +74,17 @@ void launch(const AttentionParams& p, Stream stream) {
   }
 }
 
-template <typename Function>
-auto dispatch(int head_dim, Function&& function) {
-  switch (head_dim) {
-    case 64:
-      return function(std::integral_constant<int, 64>{});
-    case 96:
-      return function(std::integral_constant<int, 96>{});
-    case 128:
-      return function(std::integral_constant<int, 128>{});
-    case 256:
-      return function(std::integral_constant<int, 256>{});
-    default:
-      throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256, got " +
-                                  std::to_string(head_dim));
-  }
-}
-
 }  // namespace
 
 int64_t prefill_workspace_bytes(const AttentionParams& p) {
-  return dispatch(p.cache.head_dim, [&](auto d) {
+  return dispatch_head_dim(p.cache.head_dim, [&](auto d) {
     const Plan plan = make_plan<d>(p);
     return plan.tiles.num_passes > 0 && plan.tiles.num_passes <= kMaxTilePasses ? plan.bytes : 0;
   });
 }
 
 void launch_prefill(const AttentionParams& p, Stream stream) {
-  dispatch(p.cache.head_dim, [&](auto d) { launch<d>(p, stream); });
+  dispatch_head_dim(p.cache.head_dim, [&](auto d) { launch<d>(p, stream); });
 }
 
 }  // namespace tq4::sm90
