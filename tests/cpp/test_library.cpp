@@ -74,7 +74,7 @@ int main() {
     other.max_blocks = 1 << 14;
     CHECK(tq4::prefill_workspace_bytes(other) > bytes);
     CHECK(tq4::prefill_workspace_bytes(other) <=
-          tq4::prefill_workspace_bytes(chunk) + (int64_t{256} << 20));
+          tq4::prefill_workspace_bytes(chunk) + (int64_t{512} << 20));
     other.max_blocks = 1 << 24;
     CHECK(tq4::prefill_workspace_bytes(other) == 0);
   }
