@@ -22,6 +22,7 @@
 #include "../ptx/mma_tf32.cuh"
 #include "common.cuh"
 #include "decode_plan.h"
+#include "query_recipe.cuh"
 #include "rotate.cuh"
 
 namespace tq4 {
@@ -113,11 +114,6 @@ __device__ __forceinline__ void rotate_rows(const uint16_t* rows, const Rotation
   for (int i = 0; i < 4; ++i) c[i] = (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
 }
 
-// The value of one unit of a row's codes.
-__device__ __forceinline__ float query_unit(float largest) {
-  return largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
-}
-
 // Dims `at`, `at` + 1 of one row: codes, residuals.
 template <int D>
 __device__ __forceinline__ void write_query(const AttentionParams& p, const DecodePlan& plan,
@@ -125,17 +121,13 @@ __device__ __forceinline__ void write_query(const AttentionParams& p, const Deco
   auto* codes = static_cast<uint8_t*>(p.workspace) + plan.query_codes;
   auto* residuals = static_cast<uint8_t*>(p.workspace) + plan.query_residual;
   if (p.int8) {
-    // Rows of zeros (or of nothing representable) get codes 0 and any unit.
     const float unit = query_unit(largest);
-    const float inverse = largest < 1e-30f ? 0.f : __frcp_rn(unit);
+    const float inverse = query_inverse(largest, unit);
     const float v[2] = {x, y};
     uint32_t code = 0, rest = 0;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      // v / unit, correctly rounded but for a few cases in a million: unrotated 16-bit inputs hit
-      // exact ties, which a plain product with the reciprocal would break either way.
-      const float estimate = v[e] * inverse;
-      const float quotient = fmaf(fmaf(-estimate, unit, v[e]), inverse, estimate);
+      const float quotient = query_quotient(v[e], unit, inverse);
       const int rounded = max(-127, min(127, __float2int_rn(quotient)));
       const int left = max(-127, min(127, __float2int_rn((quotient - rounded) * 256.f)));
       const int shift = 8 * swapped_dim(e);

@@ -23,6 +23,7 @@
 #include "../ptx/wgmma.cuh"
 #include "prefill_config.cuh"
 #include "prefill_schedule.cuh"
+#include "query_recipe.cuh"
 #include "rotate.cuh"
 #include "wgmma_image.cuh"
 
@@ -192,11 +193,10 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
         ptx::max_nan(largest, ptx::max_nan(fabsf(c[4 * j + 2 * i]), fabsf(c[4 * j + 2 * i + 1])));
   }
   largest = quad_max_nan(largest);
-  // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
-  const float step = largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
+  const float step = query_unit(largest);
   // A negative sm_scale goes into the codes: the running maximum needs positive row scales.
   const float signed_step = p.sm_scale < 0.f ? -step : step;
-  const float inverse = largest < 1e-30f ? 0.f : __frcp_rn(signed_step);
+  const float inverse = query_inverse(largest, signed_step);
   uint32_t words[D / 16];
 #pragma unroll
   for (int w = 0; w < D / 16; ++w) {
@@ -204,12 +204,8 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float v = c[4 * (2 * w + e / 2) + 2 * i + e % 2];
-      // v / step, correctly rounded but for a few cases in a million: fp16 inputs hit exact ties,
-      // which a plain product with the reciprocal would break either way.  |v / step| <= 127, so
-      // that adding 3 * 2^22 leaves the rounded quotient in the low byte.
-      const float estimate = v * inverse;
-      const float quotient = fmaf(fmaf(-estimate, signed_step, v), inverse, estimate);
-      code[e] = __float_as_uint(quotient + 12582912.f);
+      // |v / step| <= 127, so that adding 3 * 2^22 leaves the rounded quotient in the low byte.
+      code[e] = __float_as_uint(query_quotient(v, signed_step, inverse) + sm80::kMagic);
     }
     words[w] =
         ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040), 0x5410);

@@ -8,6 +8,7 @@
 #include "../ptx/mma.cuh"
 #include "../ptx/smem.cuh"
 #include "prefill_config.cuh"
+#include "query_recipe.cuh"
 #include "rotate.cuh"
 
 namespace tq4::sm80 {
@@ -34,11 +35,10 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
             ptx::max_nan(largest, ptx::max_nan(fabsf(c[mt][j][2 * i]), fabsf(c[mt][j][2 * i + 1])));
       }
       largest = quad_max_nan(largest);
-      // Rows of zeros (or of nothing representable) get codes 0 and any unit; NaN stays.
       float unit, inv;
       if constexpr (Config::kInt8) {
-        unit = largest < 1e-30f ? 1.f : __fdiv_rn(largest, 127.f);
-        inv = largest < 1e-30f ? 0.f : __frcp_rn(unit);
+        unit = query_unit(largest);
+        inv = query_inverse(largest, unit);
       } else {
         const float row_scale = fp16_row_scale(largest);  // a power of two
         unit = largest != largest ? largest : __fdiv_rn(1.f, row_scale);
@@ -56,10 +56,7 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
             uint32_t packed = 0;
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
-              // v / unit, correctly rounded but for a few cases in a million: fp16 inputs hit
-              // exact ties, which a plain product with the reciprocal would break either way.
-              const float estimate = v[b] * inv;
-              const float quotient = fmaf(fmaf(-estimate, unit, v[b]), inv, estimate);
+              const float quotient = query_quotient(v[b], unit, inv);
               const int code = max(-127, min(127, __float2int_rn(quotient * sign)));
               packed |= static_cast<uint32_t>(code & 0xff) << (8 * b);
             }
@@ -104,13 +101,13 @@ __device__ __forceinline__ void find_query_rows(const AttentionParams& p, uint32
 
 // c += q R^T for one panel of R, of which `panel_smem` holds the high or the low part.  load(i, kb,
 // a) gives dims 32 kb + 8 t .. + 7 of the lane's row i as fp16.
-template <typename Config, int kUnroll, typename Load>
+template <typename Config, typename Load>
 __device__ __forceinline__ void multiply_panel(uint32_t panel_smem, int panel, Load load,
                                                float (&c)[Config::kMTiles][Config::D / 8][4]) {
   constexpr int D = Config::D;
   using Panel = RotationPanel<D>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll(kUnroll)
+#pragma unroll 1
   for (int kb = 0; kb < D / 32; ++kb) {
     uint32_t a[2 * Config::kMTiles][4];
 #pragma unroll
@@ -204,13 +201,13 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
       const bool has_low = load_rotation_part<D, Config::kThreads, RotationPart::kHigh>(
           panel_smem, p.q_rotation, unit, panel_rows(panel));
       const bool any_low = __syncthreads_or(has_low);  // the panel is complete
-      multiply_panel<Config, 1>(panel_smem, panel, load, c);
+      multiply_panel<Config>(panel_smem, panel, load, c);
       if (any_low) {
         __syncthreads();  // all warps are done with the high part
         load_rotation_part<D, Config::kThreads, RotationPart::kLow>(panel_smem, p.q_rotation, unit,
                                                                     panel_rows(panel));
         __syncthreads();  // the low part is complete
-        multiply_panel<Config, 1>(panel_smem, panel, load, c);
+        multiply_panel<Config>(panel_smem, panel, load, c);
       }
     }
   } else {
