@@ -73,27 +73,28 @@ def _allocated_by(call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def _prefill(problem, out: torch.Tensor, backend: str) -> None:
+    """Into an output that is there: nothing but the call allocates, or comes between two calls."""
+    case = problem.case
+    tq4.prefill(
+        problem.q,
+        problem.cache,
+        problem.block_table,
+        problem.seq_lens,
+        problem.query_start_loc,
+        problem.quantizer,
+        num_kv_heads=case.kv_heads,
+        max_query_len=max(case.query_lens),
+        int8=case.int8,
+        out=out,
+        backend=backend,
+    )
+
+
 def _workspace(problem, backend: str, where: str | None) -> int:
     out = poisoned_out(problem)
-    case = problem.case
-
-    def call() -> None:
-        tq4.prefill(
-            problem.q,
-            problem.cache,
-            problem.block_table,
-            problem.seq_lens,
-            problem.query_start_loc,
-            problem.quantizer,
-            num_kv_heads=case.kv_heads,
-            max_query_len=max(case.query_lens),
-            int8=case.int8,
-            out=out,
-            backend=backend,
-        )
-
     with unpacking(where):
-        return _allocated_by(call)
+        return _allocated_by(lambda: _prefill(problem, out, backend))
 
 
 @pytest.mark.gpu
@@ -244,19 +245,7 @@ def test_one_call_after_another(target: Target) -> None:
     torch.cuda.synchronize()
     for round_outs in outs:
         for problem, out in zip(problems, round_outs, strict=True):
-            case = problem.case
-            tq4.prefill(
-                problem.q,
-                problem.cache,
-                problem.block_table,
-                problem.seq_lens,
-                problem.query_start_loc,
-                problem.quantizer,
-                num_kv_heads=case.kv_heads,
-                max_query_len=max(case.query_lens),
-                out=out,
-                backend=target.backend,
-            )
+            _prefill(problem, out, target.backend)
     for round_outs in outs:
         for problem, out, want in zip(problems, round_outs, alone, strict=True):
             assert torch.equal(out, want), f"{target} {problem.case}: disturbed by a call beside it"
