@@ -5,26 +5,25 @@
 //   out = (sum O 2^(m - m*) / l*) R                  l* = 0: no visible key, out = 0
 //   lse = (m* + log2 l*) ln 2
 //
-// A CTA has 16 warps and one MMA tile of 16 rows, and takes blocks of `rows_per_block` (1, 2, 4, 8
-// or 16) rows (sequence, query token, head): few when rows are few, so that all SMs share in
-// reading the partials; 16 when they are many, so that R is read seldom.
+// A CTA has 16 warps and takes blocks of `rows_per_block` (1, 2, 4, 8 or 16) rows (sequence, query
+// token, head): few when rows are few, so that all SMs share in reading the partials.
 //
-//   warp w    sums a part of row w / parts's partials    parts = 16 / rows_per_block
-//             in units of its own m                      -> row w of the tile, its m and l
-//   warp w    dims 8 w .. of tile * R, its 16 rows weighted by 2^(m - m*) / l* and added up
+//   16 / rows_per_block warps  sum a part of a row's partials each, in units of its own m
+//   the first of them          adds up the parts and divides by l*: lanes hold D / 32 dims each
+//   R, one of three ways       none      nothing
+//                              Hadamard  butterflies between the lanes of that warp
+//                              dense     the product of decode_prepare, with O split into two TF32
+//                                        values as well: 16 rows a tile, 8 dims of it a warp
 //
-// So the parts of a row meet after the product with R, which is linear, and a block takes a single
-// barrier.  Everything is summed in a fixed order.
+// Whether R is a Hadamard matrix the main kernel has found out (check_output_rotation).  Everything
+// is summed in a fixed order.
 //
-// This kernel runs when all else is done: what counts is how often it waits for memory.  It waits
-// once, for statistics and partials together.  Where a row's partials are follows from the lengths
-// alone and is known before the main kernel has ended; R comes to shared memory meanwhile, rows D +
-// 8 floats apart, so that the 4 x 8 words of a B fragment are on different banks.  R of D = 256
-// does not fit and is read from global memory.
+// The CTAs of this kernel find room only when the main kernel leaves, nothing runs beside them, and
+// every instruction is fetched for the first time: what counts is the chain of loads (one for where
+// the partials of a row are, one for the partials) and the length of the code.
 //
-// The product is the one of decode_prepare with O split into two TF32 values as well.
-//
-// Shared memory: R | rows of the tile.
+// Shared memory: R, its rows D + 8 floats apart, so that the 4 x 8 words of a B fragment are on
+// different banks (R of D = 256 does not fit and is read from global memory) | a row for each warp.
 #pragma once
 #include <cstdint>
 
@@ -44,12 +43,11 @@ constexpr int kCombineWarps = 16;
 constexpr int kCombineThreads = kCombineWarps * kWarpSize;
 constexpr int kCombineRows = 16;  // of the MMA tile
 static_assert(kCombineRows == kCombineWarps, "every warp sums one row of the tile");
-// Batches of up to so many sequences are summed up here, before the main kernel has ended.
-constexpr int kCombineKnownSeqs = kCombineThreads;
 
 template <int D>
 struct CombineConfig {
   static constexpr bool kHoldsRotation = D <= 128;
+  static constexpr bool kMayBeHadamard = (D & (D - 1)) == 0;
   static constexpr int kRotationPitch = D + 8;
   static constexpr int kRowPitch = D + 4;  // A fragments: rows 4 banks apart
   // Shared memory, in floats.
@@ -58,89 +56,65 @@ struct CombineConfig {
   static constexpr int kSmemBytes = 4 * kFloats;
 };
 
-// What the warps tell each other about the rows of the tile.
+// What the warps tell each other about their rows.
 struct CombineShared {
   float m[kCombineRows], l[kCombineRows];  // of a warp's part
-  float sink[kCombineRows];                // log2 units; of its row, if there are sinks
   int64_t offset[kCombineRows];            // in out, elements; -1: no such row
-  int64_t lse[kCombineRows];               // index
-  int32_t warp_sums[kCombineWarps];
-  int32_t prefix[kCombineKnownSeqs + 1];  // sums of unit_cost, as in the workspace
 };
 
-// A row of the output and where its partial results are.
+// A row of the output.
 struct CombineRow {
   bool exists;
   int surplus;  // query tokens of the sequence beyond max_query_len, reported by its last row
   int64_t token;
   int head;
-  int begin, end;       // CTAs that have a partial result
-  int64_t first_index;  // of CTA `begin`, in rows of the partial arrays
-  int64_t stride;       // to the next CTA's
+  int64_t unit;         // (sequence, chunk of KV heads)
+  int64_t row_of_unit;  // in rows of the partial arrays
+  float sink;           // log2 units
 };
 
-// The prefix sums of a batch of at most kCombineKnownSeqs sequences, by the whole CTA.  Ends with a
-// barrier.
-__device__ __forceinline__ void sum_costs(const DecodeBatch& batch, CombineShared& shared) {
-  const int seq = threadIdx.x, lane = seq % kWarpSize, warp = seq / kWarpSize;
-  const int cost = seq < batch.num_seqs ? batch.unit_cost(batch.tiles(seq)) : 0;
-  int sum = cost;
-#pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const int other = __shfl_up_sync(kFullWarp, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == kWarpSize - 1) shared.warp_sums[warp] = sum;
-  __syncthreads();  // all warps' sums are there
-  for (int w = 0; w < warp; ++w) sum += shared.warp_sums[w];
-  if (seq < batch.num_seqs) shared.prefix[seq + 1] = sum;
-  if (seq == 0) shared.prefix[0] = 0;
-  __syncthreads();  // the prefix sums are there
-}
-
 __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const DecodePlan& plan,
-                                               const DecodeBatch& batch, int64_t row,
-                                               const int32_t* prefix) {
+                                               const DecodeBatch& batch, int64_t row) {
   CombineRow r{};
-  const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
-  const int seq = static_cast<int>(divide(row, rows_per_seq));
+  const int seq = static_cast<int>(plan.seq_divider.quotient(static_cast<uint32_t>(row)));
   if (seq >= p.num_seqs) return r;
-  const int in_seq = static_cast<int>(row - seq * rows_per_seq);
-  const int query = in_seq / p.num_q_heads;
-  r.head = in_seq - query * p.num_q_heads;
-  r.exists = query < batch.num_queries(seq);
+  const uint32_t in_seq = static_cast<uint32_t>(row) - seq * plan.seq_divider.divisor;
+  const int query = static_cast<int>(plan.query_divider.quotient(in_seq));
+  r.head = static_cast<int>(in_seq) - query * p.num_q_heads;
+  const int num_queries = batch.num_queries(seq);
+  r.exists = query < num_queries;
   if (!r.exists) return r;
   r.token = batch.query_begin(seq) + query;
-  r.surplus = query == p.max_query_len - 1 ? batch.num_queries(seq) - p.max_query_len : 0;
+  r.surplus = query == p.max_query_len - 1 ? num_queries - p.max_query_len : 0;
+  r.sink = p.sinks != nullptr ? p.sinks[r.head] * 1.4426950408889634f : 0.f;
 
-  const int kv_head = r.head / plan.group;
-  const int chunk = kv_head / plan.heads_per_chunk;
-  const int row_of_head = query * plan.group + (r.head - kv_head * plan.group);
-  const CtaRange ctas = unit_ctas(batch, static_cast<int64_t>(prefix[p.num_seqs]) * plan.num_chunks,
-                                  plan.grid, prefix[seq], batch.tiles(seq), chunk);
-  r.begin = ctas.begin;
-  r.end = ctas.end;
-  const int64_t unit = static_cast<int64_t>(seq) * plan.num_chunks + chunk;
-  r.stride = static_cast<int64_t>(plan.heads_per_chunk) * plan.max_rows;
-  r.first_index = (ctas.begin + unit) * r.stride +
-                  static_cast<int64_t>(kv_head - chunk * plan.heads_per_chunk) * plan.max_rows +
-                  row_of_head;
+  const int kv_head = static_cast<int>(plan.group_divider.quotient(r.head));
+  const int chunk = static_cast<int>(plan.chunk_divider.quotient(kv_head));
+  r.unit = static_cast<int64_t>(seq) * plan.num_chunks + chunk;
+  r.row_of_unit = static_cast<int64_t>(kv_head - chunk * plan.heads_per_chunk) * plan.max_rows +
+                  query * plan.group + (r.head - kv_head * plan.group);
   return r;
 }
 
-// Warp `part` of `parts`: CTAs begin + part, begin + part + parts, ...  A lane holds kDims
-// dimensions, kVector neighbours at a time.  A batch of partials is loaded before any is used.
+// A row, or a part of its sum: a lane holds kDims dimensions, kVector neighbours at a time.
 template <int D>
 struct RowSum {
   static constexpr int kDims = D / kWarpSize;
   static constexpr int kVector = D % 128 == 0 ? 4 : D == 64 ? 2 : 1;
-  static constexpr int kBatch = D <= 128 ? 5 : 2;
+  static constexpr int kBatch = D <= 128 ? 8 : 4;  // partials loaded before any is used
+  struct alignas(4 * kVector) Vector {
+    float x[kVector];
+  };
   float o[kDims];
   float m, l;
 
   __device__ __forceinline__ static int dim(int e) {
     return (e / kVector * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize)) * kVector +
            e % kVector;
+  }
+
+  __device__ __forceinline__ static Vector load(const float* row, int v) {
+    return *reinterpret_cast<const Vector*>(row + dim(v * kVector));
   }
 
   __device__ __forceinline__ void clear() {
@@ -150,41 +124,38 @@ struct RowSum {
     for (int e = 0; e < kDims; ++e) o[e] = 0.f;
   }
 
+  // The partials of CTAs begin + part, begin + part + parts, ...
   __device__ __forceinline__ void add(const AttentionParams& p, const DecodePlan& plan,
                                       const CombineRow& row, int part, int parts) {
-    struct alignas(4 * kVector) Vector {
-      float x[kVector];
-    };
+    if (!row.exists) return;
     const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-    const int64_t begin = row.first_index + part * row.stride, step = parts * row.stride;
-    const auto* stats = reinterpret_cast<const float2*>(workspace + plan.partial_stats) + begin;
-    const auto* out =
-        reinterpret_cast<const float*>(workspace + plan.partial_out) + begin * D + dim(0);
+    const CtaRange ctas = reinterpret_cast<const CtaRange*>(workspace + plan.unit_ctas)[row.unit];
+    const int64_t stride = static_cast<int64_t>(plan.heads_per_chunk) * plan.max_rows;
+    int64_t index = (ctas.begin + part + row.unit) * stride + row.row_of_unit;
+    const int64_t step = parts * stride;
+    const auto* stats = reinterpret_cast<const float2*>(workspace + plan.partial_stats);
+    const auto* out = reinterpret_cast<const float*>(workspace + plan.partial_out);
 #pragma unroll 1
-    for (int left = row.end - row.begin - part; left > 0; left -= kBatch * parts) {
+    for (int left = ctas.end - ctas.begin - part; left > 0; left -= kBatch * parts) {
       float2 stat[kBatch];
       Vector value[kBatch][kDims / kVector];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const bool exists = b * parts < left;
         stat[b] = make_float2(kNoReference, 0.f);
-        if (exists) stat[b] = *stats;
-        stats += step;
+        if (exists) stat[b] = stats[index];
 #pragma unroll
         for (int v = 0; v < kDims / kVector; ++v) {
           value[b][v] = {};
-          if (exists) value[b][v] = *reinterpret_cast<const Vector*>(out + v * kVector * kWarpSize);
+          if (exists) value[b][v] = load(out + index * D, v);
         }
-        out += step * D;
+        index += step;
       }
       float top = m;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) top = fmaxf(top, stat[b].x);
-      const float own = ptx::exp2_approx(m - top);
+      scale(ptx::exp2_approx(m - top));
       m = top;
-      l *= own;
-#pragma unroll
-      for (int e = 0; e < kDims; ++e) o[e] *= own;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const float weight = ptx::exp2_approx(stat[b].x - top);
@@ -193,6 +164,120 @@ struct RowSum {
         for (int e = 0; e < kDims; ++e) o[e] += value[b][e / kVector].x[e % kVector] * weight;
       }
     }
+  }
+
+  __device__ __forceinline__ void scale(float factor) {
+    l *= factor;
+#pragma unroll
+    for (int e = 0; e < kDims; ++e) o[e] *= factor;
+  }
+
+  // To the warp's place in shared memory.
+  __device__ __forceinline__ void put(float* rows, CombineShared& shared) const {
+    const int warp = threadIdx.x / kWarpSize;
+#pragma unroll
+    for (int e = 0; e < kDims; ++e) rows[warp * CombineConfig<D>::kRowPitch + dim(e)] = o[e];
+    if (threadIdx.x % kWarpSize == 0) {
+      shared.m[warp] = m;
+      shared.l[warp] = l;
+    }
+  }
+
+  // Adds what the `parts` - 1 warps after this one have put there.
+  __device__ __forceinline__ void add_parts(const float* rows, const CombineShared& shared,
+                                            int parts) {
+    const int warp = threadIdx.x / kWarpSize;
+    float top = m;
+    for (int i = 1; i < parts; ++i) top = fmaxf(top, shared.m[warp + i]);
+    scale(ptx::exp2_approx(m - top));
+    m = top;
+#pragma unroll 4
+    for (int i = 1; i < parts; ++i) {
+      const float weight = ptx::exp2_approx(shared.m[warp + i] - top);
+      l += shared.l[warp + i] * weight;
+      const float* row = rows + (warp + i) * CombineConfig<D>::kRowPitch;
+#pragma unroll
+      for (int e = 0; e < kDims; ++e) o[e] += row[dim(e)] * weight;
+    }
+  }
+
+  // Sink, LSE, division by the denominator.
+  __device__ __forceinline__ void finish(const AttentionParams& p, const CombineRow& row) {
+    if (p.sinks != nullptr) {  // one more term of the denominator, with no value
+      const float top = fmaxf(m, row.sink);
+      scale(ptx::exp2_approx(m - top));
+      l += ptx::exp2_approx(row.sink - top);
+      m = top;
+    }
+    if (p.lse != nullptr && row.exists && threadIdx.x % kWarpSize == 0) {
+      p.lse[static_cast<int64_t>(row.head) * p.num_tokens + row.token] =
+          l == 0.f ? -INFINITY : (m + log2f(l)) * 0.6931471805599453f;
+    }
+    scale(l == 0.f ? 0.f : __frcp_rn(l));  // NaN goes through
+  }
+
+  // Times a Hadamard rotation c H diag(signs), whose row 0 is c signs.
+  __device__ __forceinline__ void transform(const float* row0) {
+#pragma unroll
+    for (int step = 1; step < kDims; step *= 2) {
+#pragma unroll
+      for (int e = 0; e < kDims; ++e) {
+        if (e & step) continue;
+        const float sum = o[e] + o[e + step];
+        o[e + step] = o[e] - o[e + step];
+        o[e] = sum;
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const float sign = threadIdx.x & step ? -1.f : 1.f;
+#pragma unroll
+      for (int e = 0; e < kDims; ++e) {
+        o[e] = fmaf(sign, o[e], __shfl_xor_sync(kFullWarp, o[e], step));
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kDims / kVector; ++v) {
+      const Vector factor = load(row0, v);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) o[v * kVector + e] *= factor.x[e];
+    }
+  }
+
+  __device__ __forceinline__ void store(const AttentionParams& p, int64_t offset,
+                                        bool aligned) const {
+    const auto pack = [&](float x, float y) {
+      return p.dtype == DType::kBFloat16 ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+    };
+#pragma unroll
+    for (int v = 0; v < kDims; v += kVector) {
+      uint16_t* dst = static_cast<uint16_t*>(p.out) + offset + dim(v);
+      if constexpr (kVector == 1) {
+        *dst = static_cast<uint16_t>(pack(o[v], 0.f));
+      } else {
+        uint32_t words[kVector / 2];
+#pragma unroll
+        for (int w = 0; w < kVector / 2; ++w) words[w] = pack(o[v + 2 * w], o[v + 2 * w + 1]);
+        if (aligned && kVector == 4) {
+          *reinterpret_cast<uint2*>(dst) = make_uint2(words[0], words[kVector / 2 - 1]);
+        } else if (aligned) {
+          *reinterpret_cast<uint32_t*>(dst) = words[0];
+        } else {
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) {
+            dst[e] = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
+          }
+        }
+      }
+    }
+  }
+
+  // Whether rows of out start at multiples of what store() writes at once.
+  __device__ __forceinline__ static bool is_aligned(const AttentionParams& p) {
+    const uint64_t bits = reinterpret_cast<uintptr_t>(p.out) |
+                          static_cast<uint64_t>(p.out_token_stride * 2) |
+                          static_cast<uint64_t>(p.out_head_stride * 2);
+    return bits % (2 * kVector) == 0;
   }
 };
 
@@ -211,67 +296,18 @@ __device__ __forceinline__ void write_surplus(const AttentionParams& p, const Co
   }
 }
 
-// What is known of the warp's row of the tile before there are partial results.
+// R to shared memory, where it fits.
 template <int D>
-__device__ __forceinline__ void announce_row(const AttentionParams& p, const CombineRow& row,
-                                             int part, CombineShared& shared) {
-  const int warp = threadIdx.x / kWarpSize;
-  if (threadIdx.x % kWarpSize == 0) {
-    shared.sink[warp] =
-        row.exists && p.sinks != nullptr ? p.sinks[row.head] * 1.4426950408889634f : kNoReference;
-    shared.offset[warp] =
-        row.exists ? row.token * p.out_token_stride + row.head * p.out_head_stride : -1;
-    shared.lse[warp] = static_cast<int64_t>(row.head) * p.num_tokens + row.token;
+__device__ __forceinline__ void fetch_rotation(const AttentionParams& p, float* shared) {
+  using Config = CombineConfig<D>;
+  if constexpr (Config::kHoldsRotation) {
+    for (int i = threadIdx.x; i < D * D / 4; i += kCombineThreads) {
+      const int row = i / (D / 4), column = i % (D / 4) * 4;
+      ptx::cp_async<16>(ptx::smem_address(shared + row * Config::kRotationPitch + column),
+                        p.out_rotation + 4 * i);
+    }
+    ptx::cp_async_commit();
   }
-  if (part == 0 && row.surplus > 0) {
-    ptx::wait_for_predecessor();  // q has been read, which may be where the output goes
-    write_surplus<D>(p, row);
-  }
-}
-
-// The warp's row of the tile.  Rows that do not exist are zeros: their place in the MMA tile must
-// hold numbers.
-template <int D>
-__device__ __forceinline__ void sum_row(const AttentionParams& p, const DecodePlan& plan,
-                                        const CombineRow& row, int part, int parts, float* rows,
-                                        CombineShared& shared) {
-  using Sum = RowSum<D>;
-  const int warp = threadIdx.x / kWarpSize;
-  Sum sum;
-  sum.clear();
-  sum.add(p, plan, row, part, parts);
-#pragma unroll
-  for (int e = 0; e < Sum::kDims; ++e) {
-    rows[warp * CombineConfig<D>::kRowPitch + Sum::dim(e)] = sum.o[e];
-  }
-  if (threadIdx.x % kWarpSize == 0) {
-    shared.m[warp] = sum.m;
-    shared.l[warp] = sum.l;
-  }
-}
-
-// 2^(m - m*) / l* of row `lane` % 16 of the tile.  Warp 0 writes the LSE.
-__device__ __forceinline__ float weigh_rows(const AttentionParams& p, const CombineShared& shared,
-                                            int parts) {
-  const int lane = threadIdx.x % kWarpSize, row = lane % kCombineRows;
-  const float own_m = shared.m[row];
-  float m = own_m;
-#pragma unroll 1
-  for (int step = 1; step < parts; step *= 2) m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, step));
-  float l = shared.l[row] * ptx::exp2_approx(own_m - m);
-#pragma unroll 1
-  for (int step = 1; step < parts; step *= 2) l += __shfl_xor_sync(kFullWarp, l, step);
-  if (p.sinks != nullptr) {  // one more term of the denominator, with no value
-    const float sink = shared.sink[row];
-    const float top = fmaxf(m, sink);
-    l = l * ptx::exp2_approx(m - top) + ptx::exp2_approx(sink - top);
-    m = top;
-  }
-  if (p.lse != nullptr && threadIdx.x < kCombineRows && row % parts == 0 &&
-      shared.offset[row] >= 0) {
-    p.lse[shared.lse[row]] = l == 0.f ? -INFINITY : (m + log2f(l)) * 0.6931471805599453f;
-  }
-  return l == 0.f ? 0.f : __fdiv_rn(ptx::exp2_approx(own_m - m), l);  // NaN goes through
 }
 
 // Dims 8 tile + 2 t and + 1 of the tile's rows g (c[0], c[1]) and g + 8, times R.
@@ -281,13 +317,6 @@ __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const floa
   using Config = CombineConfig<D>;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const float* rows = shared + Config::kRows;
-  if (p.out_rotation == nullptr) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      c[i] = rows[(g + 8 * (i / 2)) * Config::kRowPitch + 8 * tile + 2 * t + i % 2];
-    }
-    return;
-  }
   float sum[3][4] = {};  // so that no MMA waits for the one before
 #pragma unroll(Config::kHoldsRotation ? 4 : 8)
   for (int k = 0; k < D; k += 8) {
@@ -313,21 +342,6 @@ __device__ __forceinline__ void rotate_tile(const AttentionParams& p, const floa
   for (int i = 0; i < 4; ++i) c[i] = (sum[0][i] + sum[1][i]) + sum[2][i];
 }
 
-// Weighs the tile's rows and adds up those of one row of the output, `parts` neighbours.
-__device__ __forceinline__ void add_parts(const float (&weight)[2], int parts, float (&c)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] *= weight[i / 2];
-#pragma unroll 1
-  for (int step = 1; step < min(parts, 8); step *= 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] += __shfl_xor_sync(kFullWarp, c[i], 4 * step);
-  }
-  if (parts == kCombineRows) {
-    c[0] += c[2];
-    c[1] += c[3];
-  }
-}
-
 // Two neighbouring dims of a row.
 __device__ __forceinline__ void store_pair(const AttentionParams& p, int64_t offset, bool aligned4,
                                            float x, float y) {
@@ -342,66 +356,88 @@ __device__ __forceinline__ void store_pair(const AttentionParams& p, int64_t off
   }
 }
 
+// The dense way: the rows of the whole CTA.
 template <int D>
-__global__ void __launch_bounds__(kCombineThreads, 2)
-    decode_combine_kernel(const __grid_constant__ AttentionParams p,
-                          const __grid_constant__ DecodePlan plan, int rows_per_block) {
-  using Config = CombineConfig<D>;
-  __shared__ CombineShared tile_rows;
-  auto* shared = reinterpret_cast<float*>(ptx::dynamic_shared());
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int g = lane / 4, t = lane % 4;
-
-  if (Config::kHoldsRotation && p.out_rotation != nullptr) {
-    for (int i = threadIdx.x; i < D * D / 4; i += kCombineThreads) {
-      const int row = i / (D / 4), column = i % (D / 4) * 4;
-      ptx::cp_async<16>(ptx::smem_address(shared + row * Config::kRotationPitch + column),
-                        p.out_rotation + 4 * i);
-    }
-  }
-  ptx::cp_async_commit();
-  const DecodeBatch batch = decode_batch(p, plan);
-  const auto* prefix =
-      reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(p.workspace) + plan.seq_prefix);
-  if (p.num_seqs <= kCombineKnownSeqs) {
-    sum_costs(batch, tile_rows);
-    prefix = tile_rows.prefix;
-  } else {
-    ptx::wait_for_predecessor();  // the main kernel has written the prefix sums
-  }
+__device__ __forceinline__ void write_rotated(const AttentionParams& p, const float* shared,
+                                              const CombineShared& tile_rows, int parts) {
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const bool aligned4 =
       (reinterpret_cast<uintptr_t>(p.out) | static_cast<uint64_t>(p.out_token_stride * 2) |
        static_cast<uint64_t>(p.out_head_stride * 2)) %
           4 ==
       0;
-  const int parts = kCombineRows / rows_per_block;
-  const int64_t num_rows = static_cast<int64_t>(p.num_seqs) * p.max_query_len * p.num_q_heads;
-#pragma unroll 1
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block; first < num_rows;
-       first += static_cast<int64_t>(gridDim.x) * rows_per_block) {
-    const CombineRow row = find_row(p, plan, batch, first + warp / parts, prefix);
-    announce_row<D>(p, row, warp % parts, tile_rows);
-    ptx::wait_for_predecessor();  // every partial result is written
-    sum_row<D>(p, plan, row, warp % parts, parts, shared + Config::kRows, tile_rows);
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // the rows, and R, are complete
-    const float row_weight = weigh_rows(p, tile_rows, parts);
-    const float weight[2] = {__shfl_sync(kFullWarp, row_weight, g),
-                             __shfl_sync(kFullWarp, row_weight, g + 8)};
-    for (int tile = warp; tile < D / 8; tile += kCombineWarps) {
-      float c[4];
-      rotate_tile<D>(p, shared, tile, c);
-      add_parts(weight, parts, c);
+  for (int tile = threadIdx.x / kWarpSize; tile < D / 8; tile += kCombineWarps) {
+    float c[4];
+    rotate_tile<D>(p, shared, tile, c);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t offset = tile_rows.offset[g + 8 * i];
-        if (offset < 0 || (g + 8 * i) % parts != 0) continue;
+    for (int i = 0; i < 2; ++i) {
+      if ((g + 8 * i) % parts != 0) continue;  // a part of another row, not a row
+      const int64_t offset = tile_rows.offset[g + 8 * i];
+      if (offset >= 0) {
         store_pair(p, offset + 8 * tile + 2 * t, aligned4, c[2 * i], c[2 * i + 1]);
       }
     }
-    if (first + static_cast<int64_t>(gridDim.x) * rows_per_block < num_rows) {
-      __syncthreads();  // the rows have been read
+  }
+}
+
+template <int D>
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    decode_combine_kernel(const __grid_constant__ AttentionParams p,
+                          const __grid_constant__ DecodePlan plan, int rows_per_block) {
+  using Config = CombineConfig<D>;
+  using Sum = RowSum<D>;
+  __shared__ CombineShared tile_rows;
+  auto* shared = reinterpret_cast<float*>(ptx::dynamic_shared());
+  float* rows = shared + Config::kRows;
+  const int warp = threadIdx.x / kWarpSize;
+  const int parts = kCombineRows / rows_per_block;
+  const bool leads = warp % parts == 0;  // the warp that ends up with the row
+  const bool aligned = Sum::is_aligned(p);
+  const DecodeBatch batch = decode_batch(p, plan);
+  const int64_t num_rows = static_cast<int64_t>(p.num_seqs) * plan.seq_divider.divisor;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * rows_per_block;
+  int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
+  CombineRow row = find_row(p, plan, batch, first + warp / parts);
+  ptx::wait_for_predecessor();  // every partial result is written
+
+  bool dense = p.out_rotation != nullptr;
+  if (Config::kMayBeHadamard && dense) {
+    const float entry = fabsf(p.out_rotation[0]);
+    dense = *reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(p.workspace) +
+                                              plan.dense_rotation) != 0 ||
+            !(entry > 0.f && entry < INFINITY);
+  }
+  if (dense) fetch_rotation<D>(p, shared);
+#pragma unroll 1
+  while (true) {
+    Sum sum;
+    sum.clear();
+    sum.add(p, plan, row, warp % parts, parts);
+    if (parts > 1) {
+      if (!leads) sum.put(rows, tile_rows);
+      __syncthreads();  // the parts are there
+      if (leads) sum.add_parts(rows, tile_rows, parts);
     }
+    if (leads) {
+      sum.finish(p, row);
+      if (row.surplus > 0) write_surplus<D>(p, row);
+    }
+    const int64_t offset =
+        row.exists ? row.token * p.out_token_stride + row.head * p.out_head_stride : -1;
+    if (dense) {
+      if (leads) sum.put(rows, tile_rows);
+      if (threadIdx.x % kWarpSize == 0) tile_rows.offset[warp] = offset;
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // the rows, and R, are complete
+      write_rotated<D>(p, shared, tile_rows, parts);
+    } else if (leads && row.exists) {
+      if (Config::kMayBeHadamard && p.out_rotation != nullptr) sum.transform(p.out_rotation);
+      sum.store(p, offset, aligned);
+    }
+    first += stride;
+    if (first >= num_rows) break;
+    if (parts > 1 || dense) __syncthreads();  // the rows have been read
+    row = find_row(p, plan, batch, first + warp / parts);
   }
 }
 

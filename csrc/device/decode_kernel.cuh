@@ -32,7 +32,6 @@
 #include "../ptx/dynamic_smem.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mbarrier.cuh"
-#include "../ptx/prefetch.cuh"
 #include "../ptx/register_pool.cuh"
 #include "decode_merge.cuh"
 #include "decode_pipeline.cuh"
@@ -40,6 +39,7 @@
 #include "decode_schedule.h"
 #include "decode_step.cuh"
 #include "decode_table.cuh"
+#include "rotation_fragments.cuh"
 
 namespace tq4 {
 
@@ -49,73 +49,45 @@ __device__ __forceinline__ DecodeBatch decode_batch(const AttentionParams& p,
           p.window_right, plan.num_chunks,   plan.segment_cost};
 }
 
-// [1/6] Where this CTA's share begins: a scan over the sequences' costs by the whole CTA.  CTA 0
-// leaves the prefix sums for the combine kernel.  Ends with a barrier.
-template <int kThreads>
-__device__ __forceinline__ void find_share(const DecodeBatch& batch, int32_t* prefix_out,
-                                           DecodeShared& shared) {
-  constexpr int kWarpsTotal = kThreads / kWarpSize;
-  const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
-  const auto cost_of = [&](int seq) {
-    return seq < batch.num_seqs ? batch.unit_cost(batch.tiles(seq)) : 0;
-  };
-  // Exclusive prefix within `kThreads` sequences; `total` is their sum.
-  const auto scan = [&](int cost, int& total) {
-    int sum = cost;
+// [1/6] Where this CTA's share begins, by the producer warp while the consumers write their tables:
+// a scan over the sequences' costs, neighbouring sequences by one lane.
+__device__ __forceinline__ void find_share(const DecodeBatch& batch, DecodeShared& shared) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int each = ceil_div(batch.num_seqs, kWarpSize);
+  const int first = min(lane * each, batch.num_seqs), last = min(first + each, batch.num_seqs);
+  const auto cost_of = [&](int seq) { return batch.unit_cost(batch.tiles(seq)); };
+  int own = 0;
+#pragma unroll 4
+  for (int seq = first; seq < last; ++seq) own += cost_of(seq);
+  int sum = own;
 #pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, sum, step);
-      if (lane >= step) sum += other;
-    }
-    __syncthreads();  // the sums of the previous round have been read
-    if (lane == kWarpSize - 1) shared.warp_sums[warp] = sum;
-    __syncthreads();  // all warps' sums are there
-    int before = 0;
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarpsTotal; ++w) {
-      if (w == warp) before = total;
-      total += shared.warp_sums[w];
-    }
-    return before + sum - cost;
-  };
-
-  int total = 0;
-  if (batch.num_seqs > kThreads) {
-    for (int seq = thread; seq < round_up(batch.num_seqs, kThreads); seq += kThreads) {
-      int sum;
-      scan(cost_of(seq), sum);
-      total += sum;
-    }
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane >= step) sum += other;
   }
-  int before = 0;
-  for (int seq = thread; seq < round_up(batch.num_seqs, kThreads); seq += kThreads) {
-    int sum;
-    const int cost = cost_of(seq);
-    const int prefix = before + scan(cost, sum);
-    if (batch.num_seqs <= kThreads) total = sum;
-    const int64_t begin =
-        share_begin(static_cast<int64_t>(total) * batch.num_chunks, blockIdx.x, gridDim.x);
-    if (static_cast<int64_t>(prefix) * batch.num_chunks <= begin &&
-        begin < static_cast<int64_t>(prefix + cost) * batch.num_chunks) {
-      shared.start_seq = seq;
-      shared.start_prefix = prefix;
-    }
-    if (blockIdx.x == 0 && seq < batch.num_seqs) prefix_out[seq] = prefix;
-    before += sum;
+  const int64_t positions =
+      static_cast<int64_t>(__shfl_sync(kFullWarp, sum, kWarpSize - 1)) * batch.num_chunks;
+  const int64_t begin = share_begin(positions, blockIdx.x, gridDim.x);
+  int start = batch.num_seqs, prefix = 0;  // a CTA without a share starts past the last sequence
+  bool writes = lane == 0;
+  if (begin < positions) {
+    start = first;
+    prefix = sum - own;
+    writes = static_cast<int64_t>(prefix) * batch.num_chunks <= begin &&
+             begin < static_cast<int64_t>(sum) * batch.num_chunks;
   }
-  __syncthreads();  // start is there
-  if (thread == 0) {
-    // A CTA without a share starts past the last sequence.
-    const int64_t positions = static_cast<int64_t>(total) * batch.num_chunks;
-    const bool empty = share_begin(positions, blockIdx.x, gridDim.x) >= positions;
-    shared.walker = SegmentWalker::make(batch, positions, blockIdx.x, gridDim.x,
-                                        empty ? batch.num_seqs : shared.start_seq,
-                                        empty ? 0 : shared.start_prefix);
+  if (writes) {
+#pragma unroll 1
+    while (start < last) {
+      const int next = prefix + cost_of(start);
+      if (begin < static_cast<int64_t>(next) * batch.num_chunks) break;
+      prefix = next;
+      ++start;
+    }
+    shared.walker =
+        SegmentWalker::make(batch, positions, blockIdx.x, gridDim.x, start, prefix);
     shared.batch = batch;
-    if (blockIdx.x == 0) prefix_out[batch.num_seqs] = total;
   }
-  __syncthreads();  // the walker is there
 }
 
 // Moves the warp's scratch on to its next segment; false when the share is done.
@@ -169,13 +141,27 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
   }
 }
 
-// The combine kernel begins with R, which the stream of keys has driven out of the L2 by then: the
-// first CTAs bring it back, a line of 128 bytes a lane, when their last copy is under way.
-__device__ __forceinline__ void prefetch_output_rotation(const AttentionParams& p) {
-  const int line = blockIdx.x * kWarpSize + threadIdx.x % kWarpSize;
-  const int entries = p.cache.head_dim * p.cache.head_dim;
-  if (p.out_rotation != nullptr && 32 * line < entries)
-    ptx::prefetch_l2(p.out_rotation + 32 * line);
+// A Hadamard rotation of the output takes butterflies instead of a product.  All of R's entries say
+// whether it is one: every CTA looks at its share of them when its last copy is under way.
+template <int D>
+__device__ __forceinline__ void check_output_rotation(const AttentionParams& p,
+                                                      const DecodePlan& plan) {
+  constexpr int kQuads = D / 4;  // float4 in a row
+  if ((D & (D - 1)) != 0 || p.out_rotation == nullptr) return;
+  const auto* quads = reinterpret_cast<const uint4*>(p.out_rotation);
+  const uint32_t corner = quads[0].x & kMagnitudeBits;
+  uint32_t difference = 0;
+#pragma unroll 1
+  for (int i = blockIdx.x * kWarpSize + threadIdx.x % kWarpSize; i < D * kQuads;
+       i += gridDim.x * kWarpSize) {
+    const uint4 top = quads[i % kQuads];
+    difference |= hadamard_difference(quads[i], top, i / kQuads, i % kQuads) |
+                  magnitude_difference(top, corner);
+  }
+  ptx::wait_for_predecessor();  // decode_prepare has cleared the flag
+  if (difference != 0) {
+    *reinterpret_cast<int32_t*>(static_cast<uint8_t*>(p.workspace) + plan.dense_rotation) = 1;
+  }
 }
 
 // [3/6] The lane's rows of one segment: quantised q and scales.  Rows past the last repeat it;
@@ -344,20 +330,23 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
                           reinterpret_cast<float*>(workspace + plan.partial_out), first, count,
                           place.value_unit, state);
   }
+  if (place.team == 0 && place.slot == 0 && threadIdx.x % kWarpSize == 0) {
+    auto* range = reinterpret_cast<CtaRange*>(static_cast<uint8_t*>(p.workspace) + plan.unit_ctas) +
+                  (static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk);
+    if (segment.begins_unit) range->begin = blockIdx.x;
+    if (segment.ends_unit) range->end = blockIdx.x + 1;
+  }
   RingPosition ring = reload(scratch.ring);
   ring.advance((segment.tile_end - segment.tile_begin) % (2 * plan.num_stages), plan.num_stages);
   __syncwarp();  // all lanes have read the old position
   scratch.ring = ring;
 }
 
+// What a consumer warp does before the CTA's barrier: its rows of the tables, its place.
 template <typename Config>
-__device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
-                                        DecodeShared& shared, uint32_t smem) {
+__device__ __forceinline__ void write_tables(const AttentionParams& p, const DecodePlan& plan,
+                                             DecodeShared& shared, uint32_t smem) {
   const int warp = threadIdx.x / kWarpSize;
-  const uint32_t barriers = smem + plan.shared_offset;
-  const uint32_t stages = smem + plan.stage_offset;
-  const uint32_t exchange = smem + plan.merge_offset;
-  const uint32_t lane_table = smem + 4 * (threadIdx.x % kWarpSize);
   const int slot = warp % plan.slots;
   ConsumerPlace place{warp / plan.slots,
                       slot,
@@ -365,18 +354,29 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
                       slot % plan.row_groups * Config::kRows,
                       1.f,
                       1.f};
-  place.value_unit = write_pair_table(smem, p.v_centroids, warp, Config::kWarps);
   if constexpr (Config::kInt8) {
     if (threadIdx.x < 16) shared.key_codes[threadIdx.x] = p.k_codes[threadIdx.x];
     if (threadIdx.x == 0) shared.bit3_mask = 0x44444444u;
-  } else {
+  }
+  place.value_unit = write_pair_table(smem, p.v_centroids, warp, Config::kWarps);
+  if constexpr (!Config::kInt8) {
     place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids, warp, Config::kWarps);
   }
-  WarpScratch& scratch = shared.warps[warp];  // written by all lanes alike
-  scratch.place = place;
+  shared.warps[warp].place = place;  // written by all lanes alike
+}
+
+template <typename Config>
+__device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
+                                        DecodeShared& shared, uint32_t smem) {
+  const uint32_t barriers = smem + plan.shared_offset;
+  const uint32_t stages = smem + plan.stage_offset;
+  const uint32_t exchange = smem + plan.merge_offset;
+  const uint32_t lane_table = smem + 4 * (threadIdx.x % kWarpSize);
+  WarpScratch& scratch = shared.warps[threadIdx.x / kWarpSize];
+  const ConsumerPlace place = reload(scratch.place);
+  if (place.team >= plan.teams) return ptx::wait_for_predecessor();
   scratch.ring = {0, 0};
   scratch.walker = shared.walker;
-  ptx::named_barrier_sync(kConsumerBarrier, Config::kWarps * kWarpSize);  // the tables are complete
 
   KeyCodes key_codes{};
   if constexpr (Config::kInt8) {
@@ -387,10 +387,9 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
     key_codes = {{pinned(w.x), pinned(w.y), pinned(w.z), pinned(w.w)}, pinned(bit3)};
   }
   const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
+  bool found = next_segment(shared, scratch);
   ptx::wait_for_predecessor();  // decode_prepare has written q
-  if (place.team >= plan.teams) return;
-
-  while (next_segment(shared, scratch)) {
+  for (; found; found = next_segment(shared, scratch)) {
     DecodeState<Config> state;
     consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes, state);
     finish_segment<Config>(p, plan, scratch, exchange, state);
@@ -406,28 +405,33 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<DecodeShared*>(bytes + plan.shared_offset);
   const uint32_t smem = ptx::smem_address(bytes);
   const uint32_t barriers = smem + plan.shared_offset;
+  const int warp = threadIdx.x / kWarpSize;
   ptx::allow_dependent_launch();
 
-  if (threadIdx.x < plan.num_stages) {
-    const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
-    const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
-    ptx::mbarrier_init(full + 8 * threadIdx.x, Pipeline::kFullArrivals);
-    ptx::mbarrier_init(empty + 8 * threadIdx.x, plan.slots);
+  // The wait for the first loads is the same for producer and consumers, so they share one barrier.
+  if (warp < Config::kWarps) {
+    write_tables<Config>(p, plan, shared, smem);
+  } else if (warp == Config::kWarps) {
+    const int lane = threadIdx.x % kWarpSize;
+    for (int stage = lane; stage < plan.num_stages; stage += kWarpSize) {
+      const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
+      const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
+      ptx::mbarrier_init(full + 8 * stage, Pipeline::kFullArrivals);
+      ptx::mbarrier_init(empty + 8 * stage, plan.slots);
+    }
     ptx::mbarrier_fence_init();
+    for (int piece = lane; Config::kBulk && piece < plan.copy.num_pieces(); piece += kWarpSize) {
+      shared.pieces[piece] = plan.copy.piece(piece);
+    }
+    find_share(decode_batch(p, plan), shared);
   }
-  if (Config::kBulk && threadIdx.x < plan.copy.num_pieces()) {
-    shared.pieces[threadIdx.x] = plan.copy.piece(threadIdx.x);
-  }
-  // Its barriers also order the inits above before every use.
-  find_share<Config::kThreads>(
-      decode_batch(p, plan),
-      reinterpret_cast<int32_t*>(static_cast<uint8_t*>(p.workspace) + plan.seq_prefix), shared);
+  __syncthreads();  // tables, barriers and the share are there
 
-  if (threadIdx.x / kWarpSize >= Config::kWarps) {
+  if (warp >= Config::kWarps) {
     if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x / kWarpSize == Config::kWarps) {
+    if (warp == Config::kWarps) {
       produce<Pipeline>(p, plan, shared, shared.warps[Config::kWarps], smem + plan.stage_offset);
-      prefetch_output_rotation(p);
+      check_output_rotation<Config::D>(p, plan);
     }
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();

@@ -57,10 +57,8 @@ struct WarpScratch {
 
 struct DecodeShared {
   uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
-  int32_t warp_sums[32];
   int8_t key_codes[16];
   uint32_t bit3_mask;
-  int32_t start_seq, start_prefix;
   SegmentWalker walker;              // at the start of the share
   DecodeBatch batch;                 // a copy that does not occupy registers between segments
   WarpScratch warps[16 + 1];         // the last is the producer's

@@ -79,12 +79,15 @@ struct DecodePlan {
   Divider block_divider;  // by tiles_per_block
   int32_t segment_cost;
   int32_t grid;
+  // For the combine kernel: by max_query_len * num_q_heads, num_q_heads, group, heads_per_chunk.
+  Divider seq_divider, query_divider, group_divider, chunk_divider;
   int32_t shared_offset, merge_offset, stage_offset, smem_bytes;  // shared memory
   // Workspace, byte offsets.
   int64_t query_codes;     // INT8: int8 [T, Hq, D]; fp16: fp16 [T, Hq, D]
   int64_t query_residual;  // the same of what rounding left; one octet only
   int64_t query_scale;     // fp32 [T, Hq]: log2 units of one unit of norm * (q . k)
-  int64_t seq_prefix;      // int32 [B + 1]: sum of unit_cost over the sequences before
+  int64_t dense_rotation;  // int32: not 0 if out_rotation is no Hadamard matrix
+  int64_t unit_ctas;       // CtaRange [B, num_chunks]
   int64_t partial_stats;   // float2 {m, l} [partials, heads_per_chunk, max_rows]
   int64_t partial_out;     // fp32 [partials, heads_per_chunk, max_rows, D]
   int64_t workspace_bytes;
@@ -414,6 +417,14 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   // A unit costs a CTA about what 16 KB of keys do, beside its tiles.
   plan.segment_cost = 1 + 16384 / plan.copy.stage_bytes;
 
+  const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
+  require(rows_per_seq * p.num_seqs <= INT32_MAX,
+          "q: too many sequences, query tokens and heads for one call");
+  plan.seq_divider = Divider::make(static_cast<uint32_t>(rows_per_seq));
+  plan.query_divider = Divider::make(static_cast<uint32_t>(p.num_q_heads));
+  plan.group_divider = Divider::make(static_cast<uint32_t>(plan.group));
+  plan.chunk_divider = Divider::make(static_cast<uint32_t>(plan.heads_per_chunk));
+
   const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
   const int64_t partials =
       static_cast<int64_t>(plan.grid) + static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
@@ -428,7 +439,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.query_codes = take(rows * view.head_dim * query_bytes);
   plan.query_residual = take(octets == 1 ? rows * view.head_dim * query_bytes : 0);
   plan.query_scale = take(rows * 4);
-  plan.seq_prefix = take((static_cast<int64_t>(p.num_seqs) + 1) * 4);
+  plan.dense_rotation = take(4);
+  plan.unit_ctas = take(static_cast<int64_t>(p.num_seqs) * plan.num_chunks * sizeof(CtaRange));
   plan.partial_stats = take(partial_rows * 8);
   plan.partial_out = take(partial_rows * view.head_dim * 4);
   plan.workspace_bytes = at;

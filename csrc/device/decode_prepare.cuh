@@ -148,6 +148,18 @@ __device__ __forceinline__ void write_query(const AttentionParams& p, const Deco
   }
 }
 
+// What the main kernel writes only where it finds something: units without tiles keep an empty range.
+__device__ __forceinline__ void clear_findings(const AttentionParams& p, const DecodePlan& plan) {
+  auto* workspace = static_cast<uint8_t*>(p.workspace);
+  auto* ranges = reinterpret_cast<CtaRange*>(workspace + plan.unit_ctas);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = first; i < static_cast<int64_t>(p.num_seqs) * plan.num_chunks; i += step) {
+    ranges[i] = {0, 0};
+  }
+  if (first == 0) *reinterpret_cast<int32_t*>(workspace + plan.dense_rotation) = 0;
+}
+
 template <int D>
 __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     decode_prepare_kernel(const __grid_constant__ AttentionParams p,
@@ -167,6 +179,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
        static_cast<uint64_t>(p.q_head_stride * 2)) %
           8 ==
       0;
+  clear_findings(p, plan);
   const bool rotates = p.q_rotation != nullptr;
   int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows;
   QueryPieces<D> pieces;

@@ -78,22 +78,12 @@ TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, int grid) {
          b * static_cast<uint32_t>(cta) / static_cast<uint32_t>(grid);
 }
 
-// The CTA whose share holds a position: the largest k with share_begin(k) <= position, that is,
-// with total k < (position + 1) grid.
-TQ4_HOST_DEVICE int share_owner(int64_t total, int64_t position, int grid) {
-  if (total < grid) return static_cast<int>(position);
-  const int64_t bound = (position + 1) * grid;
-  int k = static_cast<int>(static_cast<float>(bound) / static_cast<float>(total));  // within one
-  while (total * (k + 1) < bound) ++k;
-  while (total * k >= bound) --k;
-  return k;
-}
-
 // The tiles [tile_begin, tile_end) of one unit that one CTA computes.
 struct DecodeSegment {
   int seq, chunk;
   int num_keys, num_queries, query_begin;  // of the sequence
   int tile_begin, tile_end;
+  int begins_unit, ends_unit;  // whether it has the unit's first tile, and its last
 };
 
 // Walks the segments of one CTA.  Positions count from the first of the share: 32 bits.
@@ -142,6 +132,8 @@ struct SegmentWalker {
         ++seq;
       }
       if (segment.tile_begin < segment.tile_end) {
+        segment.begins_unit = segment.tile_begin == range.begin;
+        segment.ends_unit = segment.tile_end == range.end;
         segment.num_keys = batch.seq_lens[segment.seq];
         segment.num_queries = batch.num_queries(segment.seq);
         segment.query_begin = batch.query_begin(segment.seq);
@@ -152,19 +144,9 @@ struct SegmentWalker {
   }
 };
 
-// The CTAs [begin, end) that have a segment of the unit; empty for a unit without tiles.
+// The CTAs [begin, end) that have a segment of a unit, and so a partial result; all between do.
 struct CtaRange {
   int begin, end;
 };
-
-TQ4_HOST_DEVICE CtaRange unit_ctas(const DecodeBatch& batch, int64_t total, int grid, int prefix,
-                                   TileRange range, int chunk) {
-  const int cost = batch.unit_cost(range);
-  if (cost == 0) return {0, 0};
-  const int64_t unit =
-      static_cast<int64_t>(prefix) * batch.num_chunks + static_cast<int64_t>(chunk) * cost;
-  return {share_owner(total, unit + batch.segment_cost, grid),
-          share_owner(total, unit + cost - 1, grid) + 1};
-}
 
 }  // namespace tq4

@@ -19,6 +19,23 @@ struct RotationScan {
   float largest;  // largest |entry|
 };
 
+// Bits in which entries 4 column .. + 3 of row i are not those of a Hadamard rotation with row 0
+// `top`: H[i][j] = -1 to the number of common one bits of i and j, and row 0 of H is all ones.
+__device__ __forceinline__ uint32_t hadamard_difference(const uint4& v, const uint4& top,
+                                                        uint32_t i, uint32_t column) {
+  const uint32_t s0 = static_cast<uint32_t>(__popc(i & (column * 4))) << 31;
+  const uint32_t s1 = i << 31, s2 = i >> 1 << 31;
+  return (v.x ^ top.x ^ s0) | (v.y ^ top.y ^ (s0 ^ s1)) | (v.z ^ top.z ^ (s0 ^ s2)) |
+         (v.w ^ top.w ^ (s0 ^ s1 ^ s2));
+}
+
+constexpr uint32_t kMagnitudeBits = 0x7fffffffu;
+
+// Bits in which the magnitudes of four entries are not `corner`.
+__device__ __forceinline__ uint32_t magnitude_difference(const uint4& v, uint32_t corner) {
+  return ((v.x ^ corner) | (v.y ^ corner) | (v.z ^ corner) | (v.w ^ corner)) & kMagnitudeBits;
+}
+
 // Reads all of R with the whole CTA, whose size is a multiple of D / 4 threads.  `scratch` is one
 // shared word.  Contains barriers.
 //
@@ -32,12 +49,11 @@ __device__ __forceinline__ RotationScan scan_rotation(const float* __restrict__ 
   constexpr bool kPowerOfTwo = (D & (D - 1)) == 0;
   constexpr int kTotal = D * kQuads;
   constexpr int kBatch = 8;  // loads in flight a thread: the latency is paid once for each batch
-  constexpr uint32_t kMagnitude = 0x7fffffffu;
   const uint4* quads = reinterpret_cast<const uint4*>(rotation);
   const int thread = threadIdx.x, threads = blockDim.x;
   const int column = thread % kQuads;  // the same for all of a thread's loads
-  const uint32_t corner = quads[0].x & kMagnitude;
-  const uint4 top = quads[column];  // row 0 of H is all ones: the signs
+  const uint32_t corner = quads[0].x & kMagnitudeBits;
+  const uint4 top = quads[column];
   uint32_t largest = 0, difference = 0;
 #pragma unroll 1
   for (int first = thread; first < kTotal; first += kBatch * threads) {
@@ -50,23 +66,16 @@ __device__ __forceinline__ RotationScan scan_rotation(const float* __restrict__ 
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const uint4 v = batch[k];
-      largest = max(max(largest, v.x & kMagnitude), max(v.y & kMagnitude, v.z & kMagnitude));
-      largest = max(largest, v.w & kMagnitude);
+      largest =
+          max(max(largest, v.x & kMagnitudeBits), max(v.y & kMagnitudeBits, v.z & kMagnitudeBits));
+      largest = max(largest, v.w & kMagnitudeBits);
       if constexpr (kPowerOfTwo) {
-        // H[i][j] = -1 to the number of common one bits of i and j; j = 4 column + 0..3.
         const int q = first + k * threads;
-        const uint32_t i = (q < kTotal ? q : first) / kQuads;
-        const uint32_t s0 = static_cast<uint32_t>(__popc(i & (column * 4))) << 31;
-        const uint32_t s1 = i << 31, s2 = i >> 1 << 31;
-        difference |= v.x ^ top.x ^ s0;
-        difference |= v.y ^ top.y ^ (s0 ^ s1);
-        difference |= v.z ^ top.z ^ (s0 ^ s2);
-        difference |= v.w ^ top.w ^ (s0 ^ s1 ^ s2);
+        difference |= hadamard_difference(v, top, (q < kTotal ? q : first) / kQuads, column);
       }
     }
   }
-  difference |=
-      ((top.x ^ corner) | (top.y ^ corner) | (top.z ^ corner) | (top.w ^ corner)) & kMagnitude;
+  difference |= magnitude_difference(top, corner);
   if (threadIdx.x == 0) *scratch = 0;
   __syncthreads();  // orders the zero before the maxima below
   largest = __reduce_max_sync(kFullWarp, largest);

@@ -36,7 +36,7 @@ void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Str
   }
   const int64_t blocks = ceil_div<int64_t>(rows, rows_per_block);
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 2 * p.num_sms)));
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, p.num_sms)));
     launch_dependent_kernel(plan.overlapped, decode_combine_kernel<d>, grid, dim3(kCombineThreads),
                             CombineConfig<d>::kSmemBytes, stream, p, plan, rows_per_block);
   });

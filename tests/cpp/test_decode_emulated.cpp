@@ -2,6 +2,7 @@
 // precision: all modes, layouts and head dimensions, windows, soft cap, sinks, several query
 // tokens, poisoned tails and garbage in the block table.  Compiled against a copy of csrc/device
 // beside the ptx/ directory here.
+#include <bitset>
 #include <string>
 
 #include "check.h"
@@ -31,6 +32,7 @@ struct Case {
   int arch = 90;
   int num_sms = 2;
   bool rotate = false;
+  enum { kReflections, kHadamard, kAlmostHadamard } rotation = kReflections;
   bool bf16 = false;
   int window_left = -1, window_right = 0;
   float softcap = 0.f;
@@ -205,7 +207,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
       }
     }
   }
-  // A rotation: a random orthogonal matrix as a product of reflections.
+  // A rotation: a random orthogonal matrix as a product of reflections, or a Hadamard matrix with
+  // random signs, or one with an entry that is not quite right.
   std::vector<float> rotation(static_cast<size_t>(D) * D);
   {
     std::vector<double> r(static_cast<size_t>(D) * D, 0.0), v(D);
@@ -218,6 +221,17 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
         for (int j = 0; j < D; ++j) dot += r[i * D + j] * v[j];
         for (int j = 0; j < D; ++j) r[i * D + j] -= 2 * dot * v[j] / norm;
       }
+    }
+    if (c.rotation != Case::kReflections) {
+      std::vector<double> signs(D);
+      for (double& sign : signs) sign = random.range(0, 1) == 0 ? -1 : 1;
+      for (int i = 0; i < D; ++i) {
+        for (int j = 0; j < D; ++j) {
+          const bool negative = std::bitset<8>(i & j).count() % 2 != 0;
+          r[i * D + j] = (negative ? -1 : 1) * signs[j] / std::sqrt(D);
+        }
+      }
+      if (c.rotation == Case::kAlmostHadamard) r[random.range(0, D * D - 1)] *= -3;
     }
     for (size_t i = 0; i < r.size(); ++i) rotation[i] = static_cast<float>(r[i]);
   }
@@ -433,6 +447,7 @@ Case random_case(Random* random) {
   c.arch = c.bulk ? 90 : pick(80, 86, 90, 120);
   c.num_sms = random->range(1, 4);
   c.rotate = pick(1, 0, 0) == 1;
+  c.rotation = pick(0, 1) == 1 && c.head_dim != 96 ? Case::kHadamard : Case::kReflections;
   c.bf16 = pick(1, 0) == 1;
   c.window_left = pick(-1, -1, 0, 5, 40);
   c.window_right = pick(0, 0, -1, 3);
@@ -460,6 +475,14 @@ int main(int argc, char** argv) {
   test("rotation 256", [](Case& c) { c.rotate = true, c.head_dim = 256, c.num_kv_heads = 1; });
   test("rotation 96", [](Case& c) { c.rotate = true, c.head_dim = 96, c.lengths = {33}; });
   test("rotation 64", [](Case& c) { c.rotate = true, c.head_dim = 64, c.lengths = {33}; });
+  for (int head_dim : {64, 128, 256}) {
+    for (const auto rotation : {Case::kHadamard, Case::kAlmostHadamard}) {
+      test("hadamard", [&](Case& c) {
+        c.rotate = true, c.rotation = rotation, c.head_dim = head_dim, c.lengths = {33, 0, 7, 90};
+        c.num_kv_heads = head_dim == 256 ? 1 : 2, c.num_sms = 3, c.sinks = true;
+      });
+    }
+  }
   test("8 heads", [](Case& c) { c.num_kv_heads = 8, c.lengths = {100, 3, 50}, c.num_sms = 3; });
   test("one head, 1 row",
        [](Case& c) { c.num_kv_heads = 1, c.group = 1, c.lengths = {333}, c.num_sms = 1; });

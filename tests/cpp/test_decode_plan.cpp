@@ -102,12 +102,13 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   CHECK(plan.num_stages >= 2 && plan.smem_bytes <= tq4::decode_smem_limit(arch));
   CHECK(plan.tiles_per_block * tq4::kTileTokens == view.block_size);
   const int64_t offsets[] = {plan.query_codes, plan.query_residual, plan.query_scale,
-                             plan.seq_prefix,  plan.partial_stats,  plan.partial_out,
-                             plan.workspace_bytes};
-  for (int i = 0; i + 1 < 7; ++i) CHECK(offsets[i] % 16 == 0 && offsets[i] <= offsets[i + 1]);
+                             plan.dense_rotation, plan.unit_ctas, plan.partial_stats,
+                             plan.partial_out, plan.workspace_bytes};
+  for (int i = 0; i + 1 < 8; ++i) CHECK(offsets[i] % 16 == 0 && offsets[i] <= offsets[i + 1]);
   const int64_t rows = int64_t{p.num_tokens} * p.num_q_heads;
   CHECK(plan.query_residual - plan.query_codes >= rows * view.head_dim * (int8 ? 1 : 2));
-  CHECK(plan.seq_prefix - plan.query_scale >= rows * 4);
+  CHECK(plan.dense_rotation - plan.query_scale >= rows * 4);
+  CHECK(plan.partial_stats - plan.unit_ctas >= int64_t{8} * p.num_seqs * plan.num_chunks);
   int seen = 0;
   for (int i = 0; i < 16; ++i) seen |= 1 << plan.token_map.token(i / 8, i % 8);
   CHECK(seen == 0xffff);
@@ -156,6 +157,7 @@ void check_schedule(Batch* owner, int grid) {
   const int64_t total = int64_t{prefix[num_seqs]} * batch.num_chunks;
   std::map<std::tuple<int, int, int>, int> computed;        // (seq, chunk, tile)
   std::map<std::pair<int, int>, std::set<int>> unit_to_ctas;  // (seq, chunk)
+  std::map<std::pair<int, int>, tq4::CtaRange> ranges;  // as the segments at a unit's ends say
   std::set<int> partials;
   for (int cta = 0; cta < grid && total > 0; ++cta) {
     const int64_t begin = tq4::share_begin(total, cta, grid);
@@ -172,6 +174,15 @@ void check_schedule(Batch* owner, int grid) {
         ++computed[{segment.seq, segment.chunk, tile}];
       }
       unit_to_ctas[{segment.seq, segment.chunk}].insert(cta);
+      tq4::CtaRange& range = ranges.insert({{segment.seq, segment.chunk}, {-1, -1}}).first->second;
+      if (segment.begins_unit) {
+        CHECK(range.begin < 0);
+        range.begin = cta;
+      }
+      if (segment.ends_unit) {
+        CHECK(range.end < 0);
+        range.end = cta + 1;
+      }
       const int partial = cta + segment.seq * batch.num_chunks + segment.chunk;
       CHECK(partials.insert(partial).second && partial < grid + num_seqs * batch.num_chunks);
     }
@@ -183,11 +194,11 @@ void check_schedule(Batch* owner, int grid) {
       for (int tile = range.begin; tile < range.end; ++tile, ++expected) {
         CHECK((computed[{seq, chunk, tile}] == 1));
       }
-      const tq4::CtaRange ctas = tq4::unit_ctas(batch, total, grid, prefix[seq], range, chunk);
+      const tq4::CtaRange ctas = ranges[{seq, chunk}];
       const std::set<int>& have = unit_to_ctas[{seq, chunk}];
       // Exactly the CTAs of the range have a segment: the combination reads a partial result of each.
       for (int cta : have) CHECK(ctas.begin <= cta && cta < ctas.end);
-      CHECK(static_cast<int>(have.size()) == (ctas.end > ctas.begin ? ctas.end - ctas.begin : 0));
+      CHECK(static_cast<int>(have.size()) == ctas.end - ctas.begin);
     }
   }
   CHECK(computed.size() == expected);

@@ -1,8 +1,0 @@
-// CPU version of csrc/ptx/prefetch.cuh: there is no cache.
-#pragma once
-
-namespace tq4::ptx {
-
-inline void prefetch_l2(const void*) {}
-
-}  // namespace tq4::ptx
