@@ -57,7 +57,7 @@ __device__ __forceinline__ void find_share(const DecodeBatch& batch, DecodeShare
   const int first = min(lane * each, batch.num_seqs), last = min(first + each, batch.num_seqs);
   const auto cost_of = [&](int seq) { return batch.unit_cost(batch.tiles(seq)); };
   int own = 0;
-#pragma unroll 4
+#pragma unroll 1
   for (int seq = first; seq < last; ++seq) own += cost_of(seq);
   int sum = own;
 #pragma unroll
@@ -105,7 +105,8 @@ __device__ __forceinline__ bool next_segment(const DecodeShared& shared, WarpScr
 }
 
 // [2/6] The producer warp: for each tile, its page id (read 32 tiles at a time, one batch ahead), a
-// free stage, the copy.
+// free stage, the copy.  It shares its scheduler with the consumers, so its instructions a tile
+// bound the rate at which tiles arrive.
 template <typename Pipeline>
 __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
                                         DecodeShared& shared, WarpScratch& scratch,
@@ -127,6 +128,13 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
             p.block_table[segment.seq * p.block_table_stride + plan.block_divider.quotient(ahead)];
       }
       const int count = first < segment.tile_begin ? 0 : min(kWarpSize, segment.tile_end - first);
+      if (pipeline.copies_whole_tiles()) {
+        const int tile = first + lane;
+        const int block = static_cast<int>(plan.block_divider.quotient(max(tile, 0)));
+        pipeline.copy_tiles(page, tile - block * plan.tiles_per_block, segment.chunk, count, ring);
+        first += kWarpSize;
+        continue;
+      }
 #pragma unroll 1
       for (int i = 0; i < count; i += pipeline.batch()) {
         const int mine = i + pipeline.lane_tile();  // the lane's tile of this step

@@ -104,6 +104,8 @@ struct DecodeRing {
 
 // sm_80: cp.async, 16 bytes a lane where alignment allows.
 struct CpAsyncPipeline : DecodeRing {
+  TQ4_DEVICE static constexpr bool copies_whole_tiles() { return false; }
+  TQ4_DEVICE static void copy_tiles(int, int, int, int, RingPosition&) {}
   static constexpr int kFullArrivals = kWarpSize;
   TQ4_DEVICE static constexpr int batch() { return 1; }
   TQ4_DEVICE static constexpr int lane_tile() { return 0; }
@@ -150,14 +152,44 @@ struct CpAsyncPipeline : DecodeRing {
   }
 };
 
-// sm_90: bulk copies, one a run and repetition, one lane each.  Where a tile is a single run and
-// stages are many and small (few KV heads), several tiles are handled a step, a lane each.
+// sm_90: bulk copies, one a run and repetition, one lane each.  Where a tile is a single run, one
+// lane copies tile after tile; where stages are many and small as well (few KV heads), several
+// tiles are handled a step, a lane each.
 struct BulkPipeline : DecodeRing {
   static constexpr int kFullArrivals = 1;
 
+  __device__ __forceinline__ bool copies_whole_tiles() const {
+    return plan.bulk_batch == 1 && plan.copy.num_pieces() == 1;
+  }
+
+  // `count` tiles; `page` and `tile_in_block` of tile i are lane i's, who works out where it is.
+  __device__ __forceinline__ void copy_tiles(int page, int tile_in_block, int chunk, int count,
+                                             RingPosition& ring) const {
+    const uint64_t own =
+        reinterpret_cast<uint64_t>(source(page, plan.copy.run[0], tile_in_block, chunk));
+    constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
+    const uint32_t fulls = full(0);
+    int stage = ring.stage;
+    uint32_t parity = ring.parity;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const uint64_t src = __shfl_sync(kFullWarp, own, i);
+      const uint32_t barrier = fulls + 8 * stage;
+      ptx::mbarrier_wait(barrier + kEmpty, parity ^ 1);  // its last readers are done
+      if (threadIdx.x % kWarpSize == 0) {
+        ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
+        ptx::bulk_copy_to_shared(stages + stage * plan.copy.stage_bytes,
+                                 reinterpret_cast<const uint8_t*>(src), plan.copy.bytes, barrier);
+      }
+      if (++stage == plan.num_stages) stage = 0, parity ^= 1;
+    }
+    ring = {stage, parity};
+  }
+
   __device__ __forceinline__ int batch() const { return plan.bulk_batch; }
   __device__ __forceinline__ int lane_tile() const {
-    return plan.bulk_batch > 1 ? static_cast<int>(threadIdx.x % kWarpSize) : 0;
+    // Volatile: not kept in a register between tiles.
+    return plan.bulk_batch > 1 ? static_cast<int>(ptx::thread_idx_volatile() % kWarpSize) : 0;
   }
 
   __device__ __forceinline__ void copy(bool active, int page, int tile_in_block, int chunk,

@@ -362,8 +362,7 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
   // Few KV heads: many small stages, filled by a copy each.
-  plan.bulk_batch =
-      plan.copy.num_pieces() == 1 ? std::max(1, std::min(kWarpSize, plan.num_stages / 8)) : 1;
+  plan.bulk_batch = plan.copy.num_pieces() == 1 && plan.num_stages >= 32 ? plan.num_stages / 8 : 1;
   return plan.num_stages >= 2;
 }
 
@@ -414,8 +413,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.token_map = choose_token_map(view.head_dim, plan.copy.stage);
   plan.code_step = plan.token_map.step() * plan.copy.stage.code_token_stride;
   plan.norm_step = plan.token_map.step() * plan.copy.stage.norm_token_stride;
-  // A unit costs a CTA about what 16 KB of keys do, beside its tiles.
-  plan.segment_cost = 1 + 16384 / plan.copy.stage_bytes;
+  // A unit costs a CTA about what 96 KB of keys do, beside its tiles.
+  plan.segment_cost = 1 + 98304 / plan.copy.stage_bytes;
 
   const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
   require(rows_per_seq * p.num_seqs <= INT32_MAX,

@@ -259,7 +259,9 @@ __device__ __forceinline__ void compute_scores(uint32_t key_address, int code_st
       load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
     }
     if constexpr (Config::kInt8) {
-      int32_t acc[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
+      int32_t acc[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[i] = ptx::opaque(kScoreBias);  // anew: kept, it takes registers
 #pragma unroll
       for (int k = 0; k < kWords; ++k) {
         uint32_t b0, b1;
