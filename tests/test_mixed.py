@@ -131,10 +131,13 @@ def test_mixed_batches(case: Case, target: Target, where: str) -> None:
     """1, 2, S, S + 1, many and no query tokens, also without keys, beside each other; all else poisoned."""
     target.require()
     problem, answers = solved(case, target.device)
-    with unpacking(where):
-        for bound in (max(case.query_lens), None):
+    routes = [("auto", max(case.query_lens)), ("auto", None)]
+    if target.device == "cuda":
+        routes.append(("prefill", max(case.query_lens)))
+    for short, bound in routes:
+        with unpacking(where), short_queries(short):
             out, lse = run(problem, target.backend, max_query_len=bound)
-            judge(problem, answers, out, lse, f"prefill {target} {where} max_query_len={bound}")
+        judge(problem, answers, out, lse, f"prefill {target} {where} {short} max_query_len={bound}")
 
 
 def _rows(problem: Problem, taken) -> torch.Tensor:
@@ -199,6 +202,23 @@ def test_more_sequences_than_threads(target: Target) -> None:
     problem = build(Case(head_dim=64, kv_heads=2, group=3, seq_lens=lens, query_lens=queries), target.device)
     out, lse = run(problem, target.backend)
     judge(problem, {mode: answer(problem, mode) for mode in MODES}, out, lse, f"prefill {target}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+def test_passes_without_keys(target: Target) -> None:
+    """A block table so wide that the workspace is planned for several passes; there are keys for one."""
+    target.require()
+    problem, answers = solved(_LONG, "cuda")
+    keys = (3 << 29) // (len(_LONG.seq_lens) * _LONG.kv_heads * 3 * _LONG.head_dim)  # 1.5 GiB unpacked
+    rows, width = problem.block_table.shape
+    wide = problem.block_table.new_full((rows, keys // _LONG.page), -1)
+    wide[:, :width] = problem.block_table
+    with unpacking("ahead"):
+        out, lse = run(problem, target.backend)
+        again, again_lse = run(dataclasses.replace(problem, block_table=wide), target.backend)
+    judge(problem, answers, out, lse, f"prefill {target}")
+    assert torch.equal(out, again) and torch.equal(lse, again_lse)
 
 
 @pytest.mark.gpu

@@ -18,8 +18,10 @@
 namespace tq4 {
 
 // Query rows of a KV head (query tokens times query heads of the group) up to which a sequence is
-// decode's: what one pass of the decode kernels takes without reading or unpacking a key twice.  A
-// sequence of one token always is, as far as decode takes its group.
+// decode's: those of one MMA tile, which share the unpacking of a key.  A sequence of one token
+// always is, as far as decode takes its group.  With 8 rows single tokens would be faster (64 x 8K,
+// 32/8 heads, H200: 0.18 ms where the plan is for 8 rows, 0.25 for 16, bench.py decode), and a few
+// tokens a sequence, as in speculative decoding, would be left to prefill.
 constexpr int kShortRows = 16;
 
 // Most query tokens with which a sequence is decode's; 0: none is.
@@ -28,7 +30,7 @@ inline int short_query_len(const AttentionParams& p) {
   if (p.short_queries == ShortQueries::kPrefill) return 0;
   if (p.num_sms <= 0 || view.block_size % kTileTokens != 0) return 0;  // decode needs these
   const int group = p.num_q_heads / view.num_kv_heads;
-  if (group > decode_row_limit(view.head_dim, p.int8)) return 0;
+  if (group < 1 || group > decode_row_limit(view.head_dim, p.int8)) return 0;
   return std::max(1, kShortRows / group);
 }
 
