@@ -1,6 +1,6 @@
 """Time TQ4's operations and what a user would pick instead, in one run; print a table and keep a record.
 
-    python benchmarks/bench.py prefill|chunk|varlen|decode|step|store|all [options]
+    python benchmarks/bench.py prefill|chunk|varlen|mixed|decode|step|store|all [options]
 
 Every call is checked against the right answer on a few rows before it is timed.  A peer that is missing or
 wrong is reported and left out; when one of TQ4's own calls is wrong nothing of that operation is recorded.
@@ -9,6 +9,8 @@ The exit status is 1 when one of them was wrong or raised.  Records go to benchm
 
     chunk    2048 new tokens at the end of a context      varlen   16 sequences of unequal length, one call
     step     store the new tokens, then decode, in one CUDA graph
+    mixed    63 sequences that decode and one chunk of a prompt in one prefill call, as a serving engine asks;
+             also with TQ4_PREFILL_SHORT=prefill, which leaves all of them to the prefill kernels
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -40,13 +44,15 @@ from workloads import (
     decode_workloads,
     make_queries,
     mixed_decode_workload,
+    mixed_workloads,
     prefill_workloads,
     varlen_workloads,
 )
 
-OPS = ("prefill", "chunk", "varlen", "decode", "step", "store")
+OPS = ("prefill", "chunk", "varlen", "mixed", "decode", "step", "store")
 PREFILL_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 CHUNK_LENGTHS = [8192, 32768, 131072]
+MIXED_LENGTH = 32768
 DECODE_SIZES = [
     (1, 8192, 1),
     (1, 131072, 1),
@@ -148,6 +154,23 @@ def ours(inputs: Tq4Inputs, backend: str) -> Maker:
     return make
 
 
+def unrouted(inputs: Tq4Inputs, backend: str) -> Maker:
+    """TQ4's prefill with every sequence in the prefill kernels."""
+
+    def make(work: Workload, q: torch.Tensor) -> Contender:
+        contender = inputs.attention("prefill", q, backend, f"tq4-{backend}-prefill")
+        routed = contender.call
+
+        def call() -> torch.Tensor:
+            with mock.patch.dict(os.environ, TQ4_PREFILL_SHORT="prefill"):
+                return routed()
+
+        contender.call = call
+        return contender
+
+    return make
+
+
 def run_attention(session: Session, works: list[Workload]) -> None:
     """Time all contenders on each workload, ours first, each with its inputs freed before the next."""
     args = session.args
@@ -156,6 +179,8 @@ def run_attention(session: Session, works: list[Workload]) -> None:
         inputs = Tq4Inputs(work, session.device, args.layout)
         for backend in session.backends():
             session.attempt(work, q, f"tq4-{backend}", ours(inputs, backend), ours=True)
+            if work.op == "mixed" and backend != "reference":
+                session.attempt(work, q, f"tq4-{backend}-prefill", unrouted(inputs, backend), ours=True)
         del inputs
         peers = peers_of(work.op, args.flashinfer, args.turboquant) if args.peers else {}
         for impl, make in peers.items():
@@ -203,6 +228,8 @@ def run(session: Session, op: str) -> None:
             run_attention(session, chunk_workloads(*shape, args.lengths or CHUNK_LENGTHS))
         elif op == "varlen":
             run_attention(session, varlen_workloads(*shape, max(args.lengths or [16384])))
+        elif op == "mixed":
+            run_attention(session, mixed_workloads(*shape, max(args.lengths or [MIXED_LENGTH])))
         elif op == "step":
             sizes = [(2, n, 1) for n in args.lengths] if args.lengths else STEP_SIZES
             run_attention(session, decode_workloads(*shape, sizes, op="step"))

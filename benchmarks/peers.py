@@ -231,7 +231,7 @@ def turboquant_vllm(impl: str, kernel: str) -> Maker:
 def peers_of(op: str, flashinfer: bool, turboquant: bool) -> dict[str, Maker]:
     """Makers of the peers of an operation, by the name they have in the record."""
     makers: dict[str, Maker] = {}
-    if op in ("prefill", "chunk", "varlen"):
+    if op in ("prefill", "chunk", "varlen", "mixed"):
         makers["sdpa-cudnn"] = sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION)
         makers["sdpa-fa2"] = sdpa("sdpa-fa2", SDPBackend.FLASH_ATTENTION)
         if flashinfer:

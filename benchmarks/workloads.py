@@ -106,6 +106,14 @@ def varlen_workloads(hq: int, hkv: int, d: int, dtype: str, page: int, longest: 
     return [Workload("varlen", hq, hkv, d, dtype, page, lens, lens)]
 
 
+def mixed_workloads(hq: int, hkv: int, d: int, dtype: str, page: int, longest: int) -> list[Workload]:
+    """A step of continuous batching: a chunk as in ``chunk_workloads`` beside 63 sequences that decode a
+    token each, with a quarter of its keys."""
+    q = (1,) * 63 + (min(2048, max(longest // 4, 1)),)
+    kv = (max(longest // 4, 1),) * 63 + (longest,)
+    return [Workload("mixed", hq, hkv, d, dtype, page, q, kv)]
+
+
 def decode_workloads(
     hq: int,
     hkv: int,

@@ -27,6 +27,12 @@ enum class Unpack : int32_t {
   kAhead = 2,     // ahead wherever it is possible
 };
 
+// Which kernels take the sequences of a prefill that have few query tokens (device/query_split.h).
+enum class ShortQueries : int32_t {
+  kAuto = 0,     // those of decode, where they can
+  kPrefill = 1,  // those of prefill, whatever the lengths
+};
+
 // Where the four fields of (block, token, kv head) lie.  All strides and offsets are bytes.
 //   K codes  base + block*block_stride + k_codes + token*code_token_stride + head*code_head_stride
 //   K norm   base + block*block_stride + k_norms + token*norm_token_stride + head*norm_head_stride
@@ -139,10 +145,14 @@ struct AttentionParams {
   bool int8;                  // INT8 QK; false = fp16 QK
   int32_t num_seqs, num_tokens, num_q_heads;
   int32_t max_query_len;      // upper bound of the query tokens of one sequence
+  // Sequences of up to so many query tokens are decode's, the others prefill's: each leaves the
+  // rest of the batch alone.  0: no such division.  launch_prefill sets it, callers leave it 0.
+  int32_t short_query_len;
   int32_t num_sms;            // of the current device
   int32_t arch;               // major * 10 + minor of the current device
   Path path;
   Unpack unpack;              // prefill only
+  ShortQueries short_queries;  // prefill only
   void* workspace;            // {decode,prefill}_workspace_bytes() bytes, 16-byte aligned
 };
 

@@ -67,6 +67,7 @@ def _same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     unpack = getattr(callspec.params.get("target"), "unpack", None) if callspec is not None else None
     if unpack is not None:
         monkeypatch.setenv("TQ4_PREFILL_UNPACK", unpack)
+        monkeypatch.setenv("TQ4_PREFILL_SHORT", "prefill")  # that kernel, for short sequences too
     random.seed(0)
     torch.manual_seed(0)
     yield

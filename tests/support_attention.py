@@ -50,7 +50,7 @@ class Target:
 
     ``unpack`` asks the CUDA extension for one of its prefill kernels, whatever the shape: conftest.py puts it
     into TQ4_PREFILL_UNPACK for the length of a test with a parameter ``target``, others use ``unpacking``.
-    None leaves the choice alone.
+    There it also keeps sequences of few query tokens from the decode kernels.  None leaves the choice alone.
     """
 
     backend: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -66,6 +67,23 @@ def test_bench_records(
         assert "turboquant-vllm: " in printed and "cannot be imported" in printed
         n = mine[1]
         assert n["tflops"] == pytest.approx(4 * 4 * 64 * 40**2 / 2 / n["ms"] / 1e9, abs=0.006)
+
+
+def test_mixed_batch(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """63 decoding sequences and a chunk; the switch of the prefill-only row is set in its calls alone."""
+    record, bench = scripts("record"), scripts("bench")
+    monkeypatch.setattr(record, "source_hash", lambda: "0" * 64)
+    assert bench.main(["mixed", *TINY, "--lengths", "64", "--results", str(tmp_path)]) == 0
+    (mine,) = (r for r in record.load(tmp_path / "cpu-mixed.json")["rows"] if r["impl"] == "tq4-reference")
+    assert (mine["batch"], mine["q_len"], mine["kv_len"], mine["kv_tokens"]) == (64, 16, 64, 63 * 16 + 64)
+    (work,) = scripts("workloads").mixed_workloads(4, 2, 64, "float16", 16, 64)
+    seen = []
+    monkeypatch.setattr(tq4, "prefill", lambda *a, **k: seen.append(os.environ.get("TQ4_PREFILL_SHORT")))
+    inputs = bench.Tq4Inputs(work, "cpu", "token_major")
+    q = bench.make_queries(work, "cpu")
+    for make in (bench.ours(inputs, "reference"), bench.unrouted(inputs, "reference")):
+        make(work, q).call()
+    assert seen == [None, "prefill"]
 
 
 def test_wrong_results_are_not_recorded(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ def test_replay_with_other_contents(op: str, target: Target) -> None:
             base.but(seq_lens=(390, 5, 9), query_lens=(390, 5, 5), seed=1),
             base.but(seq_lens=(1000, 0, 999), query_lens=(1, 0, 399), seed=2),
             base.but(seq_lens=(150, 150, 100), query_lens=(150, 150, 100), seed=3),
+            base.but(seq_lens=(2000, 700, 395), query_lens=(4, 1, 395), seed=4),
         ]
     problems = same_shapes(cases)
     static = problems[0]

@@ -43,12 +43,6 @@
 
 namespace tq4 {
 
-__device__ __forceinline__ DecodeBatch decode_batch(const AttentionParams& p,
-                                                    const DecodePlan& plan) {
-  return {p.seq_lens,     p.query_start_loc, p.num_seqs,       p.window_left,
-          p.window_right, plan.num_chunks,   plan.segment_cost};
-}
-
 // [1/6] Where this CTA's share begins, by the producer warp while the consumers write their tables:
 // a scan over the sequences' costs, neighbouring sequences by one lane.
 __device__ __forceinline__ void find_share(const DecodeBatch& batch, DecodeShared& shared) {
@@ -184,13 +178,15 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
   const auto* scales = reinterpret_cast<const float*>(workspace + plan.query_scale);
   const int kv_head = segment.chunk * plan.heads_per_chunk + place.head;
   const int last = min(segment.num_queries * plan.group, plan.max_rows) - 1;
+  const int first_query =  // in the workspace
+      p.short_query_len > 0 ? segment.seq * p.short_query_len : segment.query_begin;
   const uint8_t* source[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // A rows g and g + 8
     const int octet = Config::kOctets == 2 ? i : 0;
     const int row = min(place.first_row + 8 * octet + g, last);
     const int query = row / plan.group;
-    const int64_t index = static_cast<int64_t>(segment.query_begin + query) * p.num_q_heads +
+    const int64_t index = static_cast<int64_t>(first_query + query) * p.num_q_heads +
                           kv_head * plan.group + (row - query * plan.group);
     if (i < Config::kOctets) rows.scale[i] = scales[index] * place.key_unit;
     const int64_t codes = Config::kResidual && i == 1 ? plan.query_residual : plan.query_codes;

@@ -39,6 +39,12 @@ constexpr int decode_warps(int head_dim, DecodeMode mode, bool bulk) {
   return bulk && mode == DecodeMode::kInt8Rows8 && head_dim <= 128 ? 16 : 8;
 }
 
+// Query rows of a KV head that decode takes at most.
+constexpr int decode_row_limit(int head_dim, bool int8) {
+  const DecodeMode mode = decode_mode(head_dim, INT32_MAX, int8);
+  return 8 * decode_octets(mode) * decode_warps(head_dim, mode, false);
+}
+
 constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel takes at once
 
 constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
@@ -82,16 +88,25 @@ struct DecodePlan {
   // For the combine kernel: by max_query_len * num_q_heads, num_q_heads, group, heads_per_chunk.
   Divider seq_divider, query_divider, group_divider, chunk_divider;
   int32_t shared_offset, merge_offset, stage_offset, smem_bytes;  // shared memory
+  // Rows of q in the workspace, Hq a token: T tokens or, where only sequences of up to
+  // short_query_len tokens count, so many for each of B sequences, used or not.
+  int64_t query_rows;
   // Workspace, byte offsets.
-  int64_t query_codes;     // INT8: int8 [T, Hq, D]; fp16: fp16 [T, Hq, D]
+  int64_t query_codes;     // INT8: int8 [query_rows, D]; fp16: fp16 [query_rows, D]
   int64_t query_residual;  // the same of what rounding left; one octet only
-  int64_t query_scale;     // fp32 [T, Hq]: log2 units of one unit of norm * (q . k)
+  int64_t query_scale;     // fp32 [query_rows]: log2 units of one unit of norm * (q . k)
   int64_t dense_rotation;  // int32: not 0 if out_rotation is no Hadamard matrix
   int64_t unit_ctas;       // CtaRange [B, num_chunks]
   int64_t partial_stats;   // float2 {m, l} [partials, heads_per_chunk, max_rows]
   int64_t partial_out;     // fp32 [partials, heads_per_chunk, max_rows, D]
   int64_t workspace_bytes;
 };
+
+TQ4_HOST_DEVICE DecodeBatch decode_batch(const AttentionParams& p, const DecodePlan& plan) {
+  const int most_queries = p.short_query_len > 0 ? p.short_query_len : INT32_MAX;
+  return {p.seq_lens,    p.query_start_loc, most_queries,    p.num_seqs,
+          p.window_left, p.window_right,    plan.num_chunks, plan.segment_cost};
+}
 
 // Whether a lane's codes can be read by vector loads of DecodeMap's alignment.
 inline bool is_wide(const StageView& stage, int head_dim) {
@@ -390,7 +405,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.mode =
       decode_mode(view.head_dim, static_cast<int>(std::min<int64_t>(max_rows, 1 << 20)), p.int8);
   const int octets = decode_octets(plan.mode);
-  const int most_rows = 8 * octets * decode_warps(view.head_dim, plan.mode, false);
+  const int most_rows = decode_row_limit(view.head_dim, p.int8);
   require(max_rows <= most_rows,
           "max_query_len: decode takes up to " + std::to_string(most_rows) +
               " query rows a KV head (query heads of the group times query tokens), got " +
@@ -400,8 +415,10 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.block_divider = Divider::make(static_cast<uint32_t>(plan.tiles_per_block));
   // A CTA of the main kernel fills an SM, and starts late where it must wait for one of the prepare
   // kernel to leave.  A few SMs are better left out than waited for.
-  const int64_t prepare_ctas =
-      ceil_div<int64_t>(static_cast<int64_t>(p.num_tokens) * p.num_q_heads, kPrepareRows);
+  plan.query_rows =
+      p.num_q_heads * (p.short_query_len > 0 ? static_cast<int64_t>(p.num_seqs) * p.short_query_len
+                                             : static_cast<int64_t>(p.num_tokens));
+  const int64_t prepare_ctas = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
   plan.grid = p.num_sms - (prepare_ctas <= p.num_sms / 32 ? static_cast<int>(prepare_ctas) : 0);
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable && p.int8;
@@ -424,7 +441,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.group_divider = Divider::make(static_cast<uint32_t>(plan.group));
   plan.chunk_divider = Divider::make(static_cast<uint32_t>(plan.heads_per_chunk));
 
-  const int64_t rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
+  const int64_t rows = plan.query_rows;
   const int64_t partials =
       static_cast<int64_t>(plan.grid) + static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
   const int64_t partial_rows = partials * plan.heads_per_chunk * plan.max_rows;

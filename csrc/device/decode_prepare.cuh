@@ -38,27 +38,65 @@ struct PrepareConfig {
   static_assert(kPieces * kThreads * 4 == kPrepareRows * D, "the pieces come out even");
 };
 
+// The token whose queries lie at place `place` of the workspace (DecodePlan::query_rows), -1 for a
+// place that is not used.
+__device__ __forceinline__ int64_t query_token(const AttentionParams& p, const DecodeBatch& batch,
+                                               int64_t place) {
+  if (p.short_query_len == 0) return place;
+  const uint32_t most = p.short_query_len;  // split_queries sees to it that 32 bits suffice
+  const int seq = static_cast<int>(static_cast<uint32_t>(place) / most);
+  const int query = static_cast<int>(static_cast<uint32_t>(place) - seq * most);
+  return query < batch.num_queries(seq) ? batch.query_begin(seq) + query : -1;
+}
+
+// The first block of rows from `first` on, `step` apart, that has something to rotate; the same for
+// all threads.
+__device__ __forceinline__ int64_t next_block(const AttentionParams& p, const DecodeBatch& batch,
+                                              int64_t first, int64_t step, int64_t num_rows) {
+  if (p.short_query_len == 0) return first;
+#pragma unroll 1
+  for (; first < num_rows; first += step) {
+    const uint32_t heads = p.num_q_heads;
+    const uint32_t end = static_cast<uint32_t>(min(first + kPrepareRows, num_rows));
+#pragma unroll 1
+    for (uint32_t place = static_cast<uint32_t>(first) / heads; place * heads < end; ++place) {
+      if (query_token(p, batch, place) >= 0) return first;
+    }
+  }
+  return first;
+}
+
 // The 16 rows of q from `first` on, dealt out to the threads in pieces of 4 values.  Rows past the
-// last repeat it; nobody reads their results.
+// last repeat it, rows of places that are not used are those of token 0; nobody reads their
+// results.
 template <int D>
 struct QueryPieces {
   using Config = PrepareConfig<D>;
+  const uint16_t* source[Config::kPieces];
   uint2 piece[Config::kPieces];
 
-  __device__ __forceinline__ void load(const AttentionParams& p, int64_t first, int64_t num_rows,
-                                       bool aligned8) {
+  // Apart from the loads: what may have to be looked up on the way must not hold up others.
+  __device__ __forceinline__ void find(const AttentionParams& p, const DecodeBatch& batch,
+                                       int64_t first, int64_t num_rows) {
 #pragma unroll
     for (int i = 0; i < Config::kPieces; ++i) {
       const int at = static_cast<int>(threadIdx.x) + i * Config::kThreads;
       const int64_t index = min(first + at / (D / 4), num_rows - 1);
-      const int64_t token = divide(index, p.num_q_heads);
-      const uint16_t* source = static_cast<const uint16_t*>(p.q) + token * p.q_token_stride +
-                               (index - token * p.num_q_heads) * p.q_head_stride + at % (D / 4) * 4;
+      const int64_t place = divide(index, p.num_q_heads);
+      const int64_t token = max(query_token(p, batch, place), int64_t{0});
+      source[i] = static_cast<const uint16_t*>(p.q) + token * p.q_token_stride +
+                  (index - place * p.num_q_heads) * p.q_head_stride + at % (D / 4) * 4;
+    }
+  }
+
+  __device__ __forceinline__ void load(bool aligned8) {
+#pragma unroll
+    for (int i = 0; i < Config::kPieces; ++i) {
       if (aligned8) {
-        piece[i] = *reinterpret_cast<const uint2*>(source);
+        piece[i] = *reinterpret_cast<const uint2*>(source[i]);
       } else {
-        piece[i].x = source[0] | static_cast<uint32_t>(source[1]) << 16;
-        piece[i].y = source[2] | static_cast<uint32_t>(source[3]) << 16;
+        piece[i].x = source[i][0] | static_cast<uint32_t>(source[i][1]) << 16;
+        piece[i].y = source[i][2] | static_cast<uint32_t>(source[i][3]) << 16;
       }
     }
   }
@@ -172,7 +210,8 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
   auto* rows = reinterpret_cast<uint16_t*>(row_storage);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
-  const int64_t num_rows = static_cast<int64_t>(p.num_tokens) * p.num_q_heads;
+  const DecodeBatch batch = decode_batch(p, plan);
+  const int64_t num_rows = plan.query_rows;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kPrepareRows;
   const bool aligned8 =
       (reinterpret_cast<uintptr_t>(p.q) | static_cast<uint64_t>(p.q_token_stride * 2) |
@@ -181,19 +220,25 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
       0;
   clear_findings(p, plan);
   const bool rotates = p.q_rotation != nullptr;
-  int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows;
   QueryPieces<D> pieces;
   RotationTile<D> rotation;
   if (rotates) rotation.load(p.q_rotation, warp);
-  pieces.load(p, first, num_rows, aligned8);
+  int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows;
+  first = next_block(p, batch, first, step, num_rows);
+  pieces.find(p, batch, first, num_rows);
+  pieces.load(aligned8);
   const float unit_scale = p.sm_scale * (p.softcap != 0.f ? 1.f / p.softcap : 1.4426950408889634f) *
                            (p.int8 ? p.k_code_scale : 1.f);
 
 #pragma unroll 1
-  for (; first < num_rows; first += step) {
+  while (first < num_rows) {
     pieces.store(rows);
     __syncthreads();  // the rows are there; the last block's maxima have been read
-    if (first + step < num_rows) pieces.load(p, first + step, num_rows, aligned8);
+    const int64_t next = next_block(p, batch, first + step, step, num_rows);
+    if (next < num_rows) {
+      pieces.find(p, batch, next, num_rows);
+      pieces.load(aligned8);
+    }
 
     // c[tile][2 i + e]: row 8 i + g, dim 8 (warp + tile * kWarps) + 2 t + e.
     float c[Config::kTiles][4];
@@ -221,7 +266,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
         }
       }
     }
-    if (Config::kTiles > 1 && rotates && first + step < num_rows) {
+    if (Config::kTiles > 1 && rotates && next < num_rows) {
       rotation.load(p.q_rotation, warp);  // for the next block
     }
 
@@ -262,6 +307,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
             unit * unit_scale;
       }
     }
+    first = next;
   }
 }
 

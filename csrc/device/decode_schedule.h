@@ -46,6 +46,7 @@ TQ4_HOST_DEVICE TileRange visible_tiles(int num_keys, int num_queries, int windo
 struct DecodeBatch {
   const int32_t* seq_lens;         // [B]
   const int32_t* query_start_loc;  // [B + 1], or null: one query token a sequence
+  int32_t most_queries;            // sequences of more query tokens are left alone
   int32_t num_seqs;
   int32_t window_left, window_right;
   int32_t num_chunks;    // chunks of KV heads: units of a sequence
@@ -55,7 +56,9 @@ struct DecodeBatch {
     return query_start_loc == nullptr ? seq : query_start_loc[seq];
   }
   TQ4_HOST_DEVICE int num_queries(int seq) const {
-    return query_start_loc == nullptr ? 1 : query_start_loc[seq + 1] - query_start_loc[seq];
+    if (query_start_loc == nullptr) return 1;
+    const int count = query_start_loc[seq + 1] - query_start_loc[seq];
+    return count > most_queries ? 0 : count;
   }
   TQ4_HOST_DEVICE TileRange tiles(int seq) const {
     return visible_tiles(seq_lens[seq], num_queries(seq), window_left, window_right);

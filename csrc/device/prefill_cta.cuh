@@ -27,8 +27,9 @@ __device__ __forceinline__ CtaWork find_cta_work(const AttentionParams& p) {
   const int group = p.num_q_heads / p.cache.num_kv_heads;
   // KV heads innermost: CTAs that share a sequence's pages run side by side.
   const int64_t slots = gridDim.x / p.cache.num_kv_heads;
-  const PrefillTile tile = find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows,
-                                             slots - 1 - blockIdx.x / p.cache.num_kv_heads);
+  const PrefillTile tile =
+      find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, p.short_query_len,
+                        slots - 1 - blockIdx.x / p.cache.num_kv_heads);
   CtaWork work;
   work.seq = tile.seq;
   if (tile.seq < 0) return work;

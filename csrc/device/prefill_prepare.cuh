@@ -130,8 +130,8 @@ __device__ __forceinline__ bool load_rows(const AttentionParams& p, int part, in
   if (part >= num_parts) return false;
   const int heads = p.cache.num_kv_heads, group = p.num_q_heads / heads;
   const int index = part / Config::kParts, slot = index / heads, kv_head = index - slot * heads;
-  const PrefillTile tile =
-      find_prefill_tile(p.query_start_loc, p.num_seqs, group, QueryImage<D>::kRows, slot);
+  const PrefillTile tile = find_prefill_tile(p.query_start_loc, p.num_seqs, group,
+                                             QueryImage<D>::kRows, p.short_query_len, slot);
   if (tile.seq < 0) return false;
   const bool rotates = p.q_rotation != nullptr;
   const int thread = ptx::thread_idx_volatile();  // not carried through the loop

@@ -31,8 +31,8 @@ __device__ __forceinline__ int64_t sum_tiles_before(const AttentionParams& p,
   int64_t sum = 0;
 #pragma unroll 1
   for (int s = threadIdx.x; s < seq; s += kThreads) {
-    sum += unit_keys(p.seq_lens[s], p.query_start_loc[s + 1] - p.query_start_loc[s], p.window_left,
-                     w.tile_tokens)
+    sum += unit_keys(p.seq_lens[s], prefill_queries(p.query_start_loc, s, p.short_query_len),
+                     p.window_left, w.tile_tokens)
                .tiles;
   }
 #pragma unroll

@@ -7,6 +7,7 @@
 // strictly increasing and needs only qsl[s], so a CTA finds its sequence by binary search, and the
 // number of slots, floor(T * G / M) + B, is known to the host from shapes alone.  Slots are handed
 // out from the last to the first: under a causal mask the tiles with most keys start first.
+// Sequences that decode takes keep their slots; nobody works on them.
 #pragma once
 #include <cstdint>
 
@@ -18,6 +19,13 @@ TQ4_HOST_DEVICE int64_t prefill_slots(int64_t num_tokens, int group, int rows, i
   return num_tokens * group / rows + num_seqs;
 }
 
+// Query tokens of a sequence as the prefill kernels see it: none where they are so few that decode
+// takes them (AttentionParams::short_query_len).
+TQ4_HOST_DEVICE int prefill_queries(const int32_t* query_start_loc, int seq, int short_query_len) {
+  const int count = query_start_loc[seq + 1] - query_start_loc[seq];
+  return count > short_query_len ? count : 0;
+}
+
 struct PrefillTile {
   int seq;        // -1: nothing to do
   int q_begin;    // first query token of the sequence
@@ -26,7 +34,8 @@ struct PrefillTile {
 };
 
 TQ4_HOST_DEVICE PrefillTile find_prefill_tile(const int32_t* query_start_loc, int num_seqs,
-                                              int group, int rows, int64_t slot) {
+                                              int group, int rows, int short_query_len,
+                                              int64_t slot) {
   int lo = 0, hi = num_seqs - 1;
   while (lo < hi) {  // largest s with first(s) <= slot
     const int mid = (lo + hi + 1) / 2;
@@ -37,7 +46,7 @@ TQ4_HOST_DEVICE PrefillTile find_prefill_tile(const int32_t* query_start_loc, in
     }
   }
   const int begin = query_start_loc[lo];
-  const int len = query_start_loc[lo + 1] - begin;
+  const int len = prefill_queries(query_start_loc, lo, short_query_len);
   const int64_t tile = slot - (static_cast<int64_t>(begin) * group / rows + lo);
   const int64_t row = tile * rows;
   if (row >= static_cast<int64_t>(len) * group) return {-1, 0, 0, 0};

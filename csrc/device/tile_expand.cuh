@@ -203,7 +203,7 @@ __device__ __forceinline__ int64_t scan_tiles(const AttentionParams& p, const Ti
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int64_t sum = 0;
   if (seq < p.num_seqs) {
-    const int q_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
+    const int q_len = prefill_queries(p.query_start_loc, seq, p.short_query_len);
     sum = unit_keys(p.seq_lens[seq], q_len, p.window_left, w.tile_tokens).tiles;
   }
 #pragma unroll

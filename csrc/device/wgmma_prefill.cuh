@@ -142,6 +142,22 @@ __device__ __forceinline__ CtaWork read_work(uint32_t address) {
   return work;
 }
 
+// Tiles of one head of the sequences before `seq`.  Called by one whole warp.
+template <typename Config>
+__device__ __forceinline__ int64_t tiles_before(const AttentionParams& p, int seq) {
+  int64_t before = 0;
+  for (int s = threadIdx.x % kWarpSize; s < seq; s += kWarpSize) {
+    before += unit_keys(p.seq_lens[s], prefill_queries(p.query_start_loc, s, p.short_query_len),
+                        p.window_left, Config::kTile)
+                  .tiles;
+  }
+  if (seq > 0) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(kFullWarp, before, step);
+  }
+  return before;
+}
+
 // Finds work `index` (of slots * Hkv); false if there is none, or it is another pass's.  Called by
 // one whole warp.
 template <typename Config>
@@ -149,8 +165,8 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, const TileWo
                                           int pass, int64_t slot, int kv_head, CtaWork& work,
                                           int64_t& first_tile) {
   const int group = p.num_q_heads / p.cache.num_kv_heads;
-  const PrefillTile tile =
-      find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
+  const PrefillTile tile = find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows,
+                                             p.short_query_len, slot);
   if (tile.seq < 0) return false;
   work.num_keys = p.seq_lens[tile.seq];
   work.pos0 = work.num_keys - tile.q_len;
@@ -170,17 +186,8 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, const TileWo
   work.full_end =
       min(work.num_keys, pos_first + min(window_or_max(p.window_right), kMaxWindow - 1) + 1);
 
-  // Tiles of the sequences before this one: where the unit lies, and in which pass.
-  int64_t before = 0;
-  for (int s = threadIdx.x % kWarpSize; s < tile.seq; s += kWarpSize) {
-    before += unit_keys(p.seq_lens[s], p.query_start_loc[s + 1] - p.query_start_loc[s],
-                        p.window_left, Config::kTile)
-                  .tiles;
-  }
-  if (tile.seq > 0) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(kFullWarp, before, step);
-  }
+  // Where the unit lies, and in which pass.
+  const int64_t before = tiles_before<Config>(p, tile.seq);
   const UnitKeys unit = unit_keys(work.num_keys, tile.q_len, p.window_left, Config::kTile);
   const UnitPlace place = unit_place(w, before, unit.tiles, p.cache.num_kv_heads, kv_head);
   first_tile = place.first_tile + (work.key_begin - unit.begin) / Config::kTile;
@@ -537,6 +544,12 @@ __global__ void __launch_bounds__(PrefillConfig<D>::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Config = PrefillConfig<D>;
   ptx::allow_dependent_launch();
+  // The host plans passes for the longest keys that there may be: often there are none left for the
+  // later ones, which then need not look at every work.
+  if (pass > 0 &&
+      tiles_before<Config>(p, p.num_seqs) * p.cache.num_kv_heads < pass * w.pass_tiles) {
+    return ptx::wait_for_predecessor();  // see the end of tile_expand.cuh
+  }
   const uint32_t smem =
       round_up(ptx::smem_address(ptx::dynamic_shared()), static_cast<uint32_t>(Config::kAlign));
   if (threadIdx.x == 0) {

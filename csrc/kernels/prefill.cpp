@@ -1,8 +1,11 @@
 #include "prefill.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 
+#include "../device/query_split.h"
+#include "decode.h"
 #include "sm80_prefill.h"
 #include "sm90_prefill.h"
 
@@ -28,24 +31,9 @@ int64_t unpacked_bytes(const AttentionParams& p) {
   return sm80::prefill_tiles_workspace_bytes(p);
 }
 
-}  // namespace
-
-int64_t prefill_workspace_bytes(const AttentionParams& p) {
-  return p.num_seqs == 0 || p.num_tokens == 0 ? 0 : unpacked_bytes(p);
-}
-
-void launch_prefill(const AttentionParams& p, Stream stream) {
-  if (p.num_seqs == 0 || p.num_tokens == 0) return;
-  if ((reinterpret_cast<uintptr_t>(p.q) | static_cast<uint64_t>(p.q_token_stride * 2) |
-       static_cast<uint64_t>(p.q_head_stride * 2)) %
-      16) {
-    throw std::invalid_argument("q: expected rows that start at multiples of 16 bytes");
-  }
+// The prefill kernels themselves.
+void launch_prefill_kernels(const AttentionParams& p, Stream stream) {
   if (unpacked_bytes(p) > 0) {
-    if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
-      throw std::invalid_argument(
-          "workspace: expected prefill_workspace_bytes() bytes, 16-byte aligned");
-    }
 #ifdef TQ4_HAS_SM90A
     if (takes_wgmma(p)) return sm90::launch_prefill(p, stream);
 #endif
@@ -56,6 +44,35 @@ void launch_prefill(const AttentionParams& p, Stream stream) {
   } else {
     sm80::launch_prefill_fp16(p, stream);
   }
+}
+
+}  // namespace
+
+int64_t prefill_workspace_bytes(const AttentionParams& p) {
+  if (p.num_seqs == 0 || p.num_tokens == 0) return 0;
+  const QuerySplit split = split_queries(p);
+  // One after the other in the same bytes, see launch_prefill.
+  return std::max(split.has_decode ? decode_workspace_bytes(split.decode) : 0,
+                  split.has_prefill ? unpacked_bytes(split.prefill) : 0);
+}
+
+void launch_prefill(const AttentionParams& p, Stream stream) {
+  if (p.num_seqs == 0 || p.num_tokens == 0) return;
+  if ((reinterpret_cast<uintptr_t>(p.q) | static_cast<uint64_t>(p.q_token_stride * 2) |
+       static_cast<uint64_t>(p.q_head_stride * 2)) %
+      16) {
+    throw std::invalid_argument("q: expected rows that start at multiples of 16 bytes");
+  }
+  if (prefill_workspace_bytes(p) > 0 &&
+      (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0)) {
+    throw std::invalid_argument(
+        "workspace: expected prefill_workspace_bytes() bytes, 16-byte aligned");
+  }
+  const QuerySplit split = split_queries(p);
+  // The first kernel of either is an ordinary launch: it starts when all before it have ended, also
+  // those of decode that may overlap each other.  So both may use the same workspace.
+  if (split.has_decode) launch_decode(split.decode, stream);
+  if (split.has_prefill) launch_prefill_kernels(split.prefill, stream);
 }
 
 }  // namespace tq4

@@ -1,4 +1,5 @@
-// Prefill: batches of queries of any length over the paged cache.
+// Prefill: batches of queries of any length over the paged cache.  Sequences of few query tokens
+// take the decode kernels (device/query_split.h).
 #pragma once
 #include "../params.h"
 

@@ -75,12 +75,15 @@ AttentionParams attention_params(const DeviceScope& scope, const AttentionArgume
   p.window_left = window(a.window_left);
   p.window_right = a.causal ? 0 : window(a.window_right);
   p.int8 = a.int8;
-  if (a.path < 0 || a.path > 5) {
-    fail("path", "0 or 1 (portable kernels), and 2 (unpack in the kernel) or 4 (unpack ahead)",
+  if (a.path < 0 || a.path > 13 || a.path % 8 > 5) {
+    fail("path",
+         "the sum of 0 or 1 (portable kernels), 0, 2 (unpack in the kernel) or 4 (unpack ahead), "
+         "and 0 or 8 (no sequence of a prefill to the decode kernels)",
          std::to_string(a.path));
   }
   p.path = static_cast<Path>(a.path % 2);
-  p.unpack = static_cast<Unpack>(a.path / 2);
+  p.unpack = static_cast<Unpack>(a.path % 8 / 2);
+  p.short_queries = static_cast<ShortQueries>(a.path / 8);
   const DeviceProperties device = device_properties();
   p.num_sms = device.num_sms;
   p.arch = device.arch;

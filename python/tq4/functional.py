@@ -253,6 +253,10 @@ def prefill(
     quantised queries, ``T * Hq * (D + 4)`` bytes), in passes where more keys than that are in the call.
     ``TQ4_PREFILL_UNPACK=in_kernel`` never does, ``ahead`` always, whatever the rows.
 
+    Sequences of few query tokens (up to 16 query rows sharing keys, and always a single token) take the
+    kernels of :func:`decode` within the same call, so that decoding sequences beside a chunk of a prompt are
+    as fast as in a decode; ``TQ4_PREFILL_SHORT=prefill`` keeps them in the prefill kernels.
+
     Args:
         q: ``[T, Hq, D]`` fp16 or bf16, strided.  Rows past ``query_start_loc[B]`` are padding.
         cache: a :class:`PagedCache` or its tensor.
@@ -270,7 +274,7 @@ def prefill(
         rotate_q: False where q comes rotated already.
         rotate_out: False leaves the output in rotated space.
         int8: quantise q and use int8 keys (spec: the INT8 recipe); False is more exact and slower.
-        max_query_len: upper bound of the queries of one sequence, a hint for scheduling; None = unknown.
+        max_query_len: upper bound of the queries of one sequence; None = unknown.
         out: ``[T, Hq, D]`` of q's dtype to write into.
         return_lse: also return the log-sum-exp of the scores.
         backend: instead of the one in force.

@@ -51,7 +51,7 @@ SCHEMAS = {
 }
 
 #: Ops of tq4_cuda with a trailing ``int path=0``: 1 portable kernels only; prefill: + 2 unpack in the kernel,
-#: + 4 unpack ahead.
+#: + 4 unpack ahead, + 8 no sequence to the decode kernels.
 _WITH_PATH = ("prefill", "decode")
 
 _library = torch.library.Library("tq4", "DEF")

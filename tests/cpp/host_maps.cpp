@@ -167,6 +167,7 @@ std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_
   tq4::DecodeBatch batch{};
   batch.seq_lens = seq_lens.data();
   batch.query_start_loc = query_start_loc.empty() ? nullptr : query_start_loc.data();
+  batch.most_queries = INT32_MAX;
   batch.num_seqs = static_cast<int>(seq_lens.size());
   batch.window_left = window_left;
   batch.window_right = window_right;
@@ -239,7 +240,7 @@ PYBIND11_MODULE(host_maps, m) {
     std::vector<std::tuple<int, int, int, int>> tiles;
     for (int64_t slot = 0; slot < slots; ++slot) {
       const tq4::PrefillTile tile =
-          tq4::find_prefill_tile(query_start_loc.data(), num_seqs, group, rows, slot);
+          tq4::find_prefill_tile(query_start_loc.data(), num_seqs, group, rows, 0, slot);
       tiles.emplace_back(tile.seq, tile.q_begin, tile.q_len, tile.first_row);
     }
     return tiles;

@@ -25,6 +25,7 @@ struct Case {
   std::vector<int> lengths{40};
   std::vector<int> queries;  // empty: one each, no query_start_loc
   int max_query_len = 1;
+  bool short_only = false;  // longer sequences than max_query_len are not decode's
   Layout layout = Layout::kTokenMajor;
   int block_size = 16;
   bool int8 = true;
@@ -79,9 +80,8 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
 
 template <int D>
 void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int rows_per_block) {
-  const int rows = p.num_tokens * p.num_q_heads;
-  emulation::launch(tq4::decode_prepare_kernel<D>,
-                    std::min(2, tq4::ceil_div(rows, tq4::kPrepareRows)),
+  const int blocks = static_cast<int>(tq4::ceil_div<int64_t>(plan.query_rows, tq4::kPrepareRows));
+  emulation::launch(tq4::decode_prepare_kernel<D>, std::min(2, blocks),
                     tq4::PrepareConfig<D>::kThreads, p, plan);
   run_main<D>(p, plan);
   const int out_rows = p.num_seqs * p.max_query_len * p.num_q_heads;
@@ -266,6 +266,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.num_tokens = num_tokens;
   p.num_q_heads = hq;
   p.max_query_len = c.max_query_len;
+  p.short_query_len = c.short_only ? c.max_query_len : 0;
   p.num_sms = c.num_sms;
   p.arch = c.arch;
   p.path = c.bulk ? tq4::Path::kAuto : tq4::Path::kPortable;
@@ -300,7 +301,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   // Codes of queries that come rotated: the recipe's fp32 quotient, rounded half to even.  16-bit
   // values hit exact ties.
   int64_t wrong_codes = 0;
-  if (p.int8 && !c.rotate && !c.nan_row) {
+  if (p.int8 && !c.rotate && !c.nan_row && !c.short_only) {
     const auto* query_codes =
         reinterpret_cast<const int8_t*>(static_cast<uint8_t*>(p.workspace) + plan.query_codes);
     for (int64_t row = 0; row < int64_t{query_start_loc[num_seqs]} * hq; ++row) {
@@ -326,6 +327,15 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
       const int token = query_start_loc[s] + t;
       const int64_t position = length - queries + t;
       for (int h = 0; h < hq; ++h) {
+        if (c.short_only && queries > c.max_query_len) {
+          for (int d = 0; d < head_stride; ++d) {
+            others_untouched =
+                others_untouched && out[token * token_stride + h * head_stride + d] == 0x7e7e;
+          }
+          others_untouched =
+              others_untouched && lse[static_cast<size_t>(h) * num_tokens + token] == -77.f;
+          continue;
+        }
         const double* query = &q_exact[(static_cast<size_t>(token) * hq + h) * D];
         std::copy(query, query + D, row.begin());
         if (c.rotate) multiply(query, true, row.data());
@@ -562,6 +572,26 @@ int main(int argc, char** argv) {
        [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false; });
   test("max_query_len broken",
        [](Case& c) { c.queries = {1, 4, 2}, c.lengths = {30, 20, 9}, c.max_query_len = 2; });
+  for (const bool bulk : {true, false}) {
+    test("beside long sequences", [&](Case& c) {
+      c.queries = {1, 40, 2, 0, 3, 1, 4}, c.lengths = {30, 60, 0, 20, 9, 150, 17};
+      c.max_query_len = 2, c.short_only = true, c.bulk = bulk, c.sinks = true, c.rotate = bulk;
+    });
+    test("beside long sequences, rows 16", [&](Case& c) {
+      c.queries = {7, 4, 1, 5, 3}, c.lengths = {30, 60, 100, 20, 40}, c.max_query_len = 4;
+      c.short_only = true, c.bulk = bulk, c.window_left = 33, c.layout = Layout::kHeadMajor;
+    });
+  }
+  test("beside long sequences, fp16", [](Case& c) {
+    c.queries = {3, 1, 1}, c.lengths = {30, 60, 100}, c.short_only = true, c.int8 = false;
+  });
+  test("beside long sequences, odd heads", [](Case& c) {
+    c.queries = {6, 5, 0, 2, 9}, c.lengths = {30, 60, 100, 5, 12}, c.max_query_len = 5;
+    c.short_only = true, c.num_kv_heads = 1, c.group = 3;
+  });
+  test("long sequences only", [](Case& c) {
+    c.queries = {3, 2}, c.lengths = {30, 60}, c.short_only = true;
+  });
   test("NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
   test("many sequences", [](Case& c) {
     c.lengths.clear();

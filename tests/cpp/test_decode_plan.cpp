@@ -218,6 +218,7 @@ void check_schedules() {
       owner.seq_lens.push_back(kind == 0 ? 0 : kind == 1 ? random.range(1, 40) : random.range(1, 900));
       owner.query_start_loc.push_back(owner.query_start_loc.back() + random.range(0, 4));
     }
+    batch.most_queries = random.range(0, 1) == 0 ? INT32_MAX : random.range(1, 3);
     batch.seq_lens = owner.seq_lens.data();
     batch.query_start_loc = one_query ? nullptr : owner.query_start_loc.data();
     batch.num_chunks = random.range(1, 3);

@@ -53,6 +53,7 @@ int main() {
     chunk.path = path;
     chunk.num_seqs = 1;
     chunk.num_tokens = chunk.max_query_len = 512;
+    chunk.short_queries = tq4::ShortQueries::kPrefill;
     const int64_t bytes = tq4::prefill_workspace_bytes(chunk);
     CHECK(bytes > 0);
     if (path == tq4::Path::kPortable) {
@@ -78,6 +79,16 @@ int main() {
     other.max_blocks = 1 << 24;
     CHECK(tq4::prefill_workspace_bytes(other) == 0);
   }
+
+  // Sequences of few query tokens are decode's, alone or beside longer ones.
+  tq4::AttentionParams mixed = p;
+  CHECK(tq4::prefill_workspace_bytes(mixed) == tq4::decode_workspace_bytes(mixed));
+  CHECK(contains(refusal([&] { tq4::launch_prefill(mixed, nullptr); }), "prefill_workspace_bytes"));
+  mixed.unpack = tq4::Unpack::kInKernel;
+  mixed.num_tokens = mixed.max_query_len = 100;
+  CHECK(tq4::prefill_workspace_bytes(mixed) > 0);
+  mixed.short_queries = tq4::ShortQueries::kPrefill;
+  CHECK(tq4::prefill_workspace_bytes(mixed) == 0);
 
   p.cache.head_dim = 80;
   CHECK(contains(refusal([&] { tq4::launch_prefill(p, nullptr); }), "head_dim"));

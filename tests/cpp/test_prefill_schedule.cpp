@@ -1,4 +1,5 @@
-// csrc/device/prefill_schedule.cuh: the slots cover every query row exactly once, and the range of keys of
+// csrc/device/prefill_schedule.cuh: the slots cover every query row exactly once, those of short
+// sequences where they are prefill's, and the range of keys of
 // a tile is exactly what its rows can see.
 #include "device/prefill_schedule.cuh"
 
@@ -10,13 +11,14 @@
 
 namespace {
 
-void check_tiles(const std::vector<int32_t>& query_start_loc, int group, int rows) {
+void check_tiles(const std::vector<int32_t>& query_start_loc, int group, int rows,
+                 int short_query_len) {
   const int num_seqs = static_cast<int>(query_start_loc.size()) - 1;
   const int64_t slots = tq4::prefill_slots(query_start_loc.back(), group, rows, num_seqs);
   std::map<std::pair<int, int>, int> taken;
   for (int64_t slot = 0; slot < slots; ++slot) {
-    const tq4::PrefillTile tile =
-        tq4::find_prefill_tile(query_start_loc.data(), num_seqs, group, rows, slot);
+    const tq4::PrefillTile tile = tq4::find_prefill_tile(query_start_loc.data(), num_seqs, group,
+                                                         rows, short_query_len, slot);
     if (tile.seq < 0) continue;
     CHECK(tile.seq < num_seqs);
     CHECK(tile.q_begin == query_start_loc[tile.seq]);
@@ -26,7 +28,9 @@ void check_tiles(const std::vector<int32_t>& query_start_loc, int group, int row
   }
   size_t expected = 0;
   for (int seq = 0; seq < num_seqs; ++seq) {
-    const int length = (query_start_loc[seq + 1] - query_start_loc[seq]) * group;
+    const int queries = query_start_loc[seq + 1] - query_start_loc[seq];
+    const int length = queries > short_query_len ? queries * group : 0;
+    CHECK(tq4::prefill_queries(query_start_loc.data(), seq, short_query_len) * group == length);
     for (int row = 0; row < length; row += rows, ++expected) CHECK((taken[{seq, row}] == 1));
   }
   CHECK(taken.size() == expected);
@@ -62,7 +66,9 @@ int main() {
       query_start_loc.push_back(query_start_loc.back() + length);
     }
     for (int group : {1, 3, 4, 8}) {
-      for (int rows : {16, 64, 128}) check_tiles(query_start_loc, group, rows);
+      for (int rows : {16, 64, 128}) {
+        for (int most : {0, 1, 16}) check_tiles(query_start_loc, group, rows, most);
+      }
     }
   }
   for (int round = 0; round < 2000; ++round) {

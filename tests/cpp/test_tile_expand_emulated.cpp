@@ -35,6 +35,7 @@ struct Case {
   int block_size = 16;
   int pad = 0;  // bytes between rows and blocks of the cache
   int window_left = -1;
+  int short_query_len = 0;
   int64_t limit_tiles = 1 << 20;
   int grid = 3;
 };
@@ -92,6 +93,7 @@ void run(const char* name, const Case& c) {
   p.k_centroids = p.v_centroids = book.centroids;
   p.k_codes = codes;
   p.window_left = c.window_left;
+  p.short_query_len = c.short_query_len;
   p.num_seqs = num_seqs;
   tq4::TileWorkspace w =
       tq4::make_tile_workspace(num_seqs, heads, static_cast<int64_t>(max_blocks) * c.block_size,
@@ -101,6 +103,10 @@ void run(const char* name, const Case& c) {
   std::vector<uint4> storage((w.capacity + 1) * Image::kBytes / 16);
   w.tiles = reinterpret_cast<uint8_t*>(storage.data());
 
+  const auto unit_of = [&](int s) {
+    const int queries = c.queries[s] > c.short_query_len ? c.queries[s] : 0;
+    return tq4::unit_keys(c.lengths[s], queries, c.window_left, kTokens);
+  };
   int64_t seen = 0;
   for (int pass = 0; pass < w.num_passes; ++pass) {
     std::memset(static_cast<void*>(storage.data()), 0xee, storage.size() * 16);
@@ -108,7 +114,7 @@ void run(const char* name, const Case& c) {
     std::vector<bool> written(w.capacity + 1);
     int64_t before = 0;
     for (int s = 0; s < num_seqs; ++s) {
-      const tq4::UnitKeys unit = tq4::unit_keys(c.lengths[s], c.queries[s], c.window_left, kTokens);
+      const tq4::UnitKeys unit = unit_of(s);
       for (int h = 0; h < heads; ++h) {
         const tq4::UnitPlace place = tq4::unit_place(w, before, unit.tiles, heads, h);
         if (unit.tiles == 0 || place.pass != pass) continue;
@@ -175,9 +181,7 @@ void run(const char* name, const Case& c) {
     }
   }
   int64_t all = 0;
-  for (int s = 0; s < num_seqs; ++s) {
-    all += tq4::unit_keys(c.lengths[s], c.queries[s], c.window_left, kTokens).tiles * heads;
-  }
+  for (int s = 0; s < num_seqs; ++s) all += unit_of(s).tiles * heads;
   CHECK(seen == all);
   if (tq4::test::failures() > 0) std::printf("%s, D %d\n", name, D);
 }
@@ -225,6 +229,10 @@ int main() {
   run_dim<64>("passes", c);
   c.grid = 50;
   run_dim<64>("more CTAs than tiles", c);
+  c.short_query_len = 3;
+  run_dim<64>("without short sequences", c);
+  c.short_query_len = 64;
+  run_dim<64>("short sequences only", c);
 
   c = Case{};
   c.grid = 2;
@@ -236,5 +244,7 @@ int main() {
   }
   c.limit_tiles = 150;
   run<tq4::sm80::PrefillImage<tq4::sm80::PrefillConfig<64, true, true>>>("many sequences", c);
+  c.short_query_len = 2;
+  run<tq4::sm80::PrefillImage<tq4::sm80::PrefillConfig<64, true, true>>>("many, some short", c);
   return tq4::test::report("test_tile_expand_emulated");
 }

@@ -7,12 +7,13 @@ is remembered as a reason, never raised on import.
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .choices import choice, decodes_short_queries
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _MIN_MAJOR = 8
@@ -214,20 +215,20 @@ def decompress(
     _copy_back(out, fast_out)
 
 
-#: Where prefill unpacks K and V, by TQ4_PREFILL_UNPACK: a choice for tests and tuning.
+#: Where prefill unpacks K and V, by TQ4_PREFILL_UNPACK; its part of the op's ``path``.
 _UNPACK = {"auto": 0, "in_kernel": 2, "ahead": 4}
+#: The part of ``path`` that keeps sequences of few query tokens from the decode kernels.
+_NO_DECODE = 8
 
 
 def _unpack() -> int:
-    name = os.environ.get("TQ4_PREFILL_UNPACK", "auto")
-    if name not in _UNPACK:
-        raise ValueError(f"TQ4_PREFILL_UNPACK: expected {', '.join(_UNPACK)}, got {name!r}")
-    return _UNPACK[name]
+    return _UNPACK[choice("TQ4_PREFILL_UNPACK", _UNPACK)]
 
 
 def prefill(**arguments: Any) -> None:
     """torch.ops.tq4.prefill by the extension; ``path=1`` restricts it to the portable kernels."""
-    arguments["path"] = arguments.get("path", 0) + _unpack()
+    short = 0 if decodes_short_queries() else _NO_DECODE
+    arguments["path"] = arguments.get("path", 0) + _unpack() + short
     _attend(torch.ops.tq4_cuda.prefill.default, arguments)
 
 

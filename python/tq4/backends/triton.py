@@ -29,12 +29,14 @@ from ..triton_kernels.configs import (
     expand_config,
     prefill_config,
     queries_config,
+    short_query_len,
 )
 from ..triton_kernels.decode import combine_kernel, prepare_kernel, split_kernel
 from ..triton_kernels.encode import compress_kernel, store_kernel
 from ..triton_kernels.expand import decompress_kernel, gather_kernel
 from ..triton_kernels.prefill import prefill_kernel
 from ..triton_kernels.queries import queries_kernel
+from .choices import decodes_short_queries
 
 #: What the interpreter pretends to be: few multiprocessors, so that tests with few keys split them.
 _INTERPRETED_CAPABILITY = (8, 0)
@@ -394,12 +396,17 @@ def decompress(
 
 
 def _rotated_queries(
-    q: torch.Tensor, rotation: torch.Tensor | None, int8: bool, capability: tuple[int, int]
+    q: torch.Tensor,
+    rotation: torch.Tensor | None,
+    int8: bool,
+    capability: tuple[int, int],
+    places: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Launch]:
-    """Workspaces for the rotated and quantised queries, and the launch that fills them."""
+    """Workspaces for the rotated and quantised queries of all tokens (or ``places`` of them), and the launch
+    that fills them."""
     num_tokens, num_heads, head_dim = q.shape
     half = _half(head_dim)
-    num_rows = num_tokens * num_heads
+    num_rows = (num_tokens if places is None else places) * num_heads
     config = queries_config(capability, head_dim)
     rotated = q.new_empty((num_rows, 2 * half), dtype=torch.int8 if int8 else torch.float16)
     row_scale = q.new_empty(num_rows, dtype=torch.float32)
@@ -452,8 +459,14 @@ def prefill_launches(
     int8: bool,
     capability: tuple[int, int],
     ptx: bool,
+    short_query_len: int = 0,
 ) -> list[Launch]:
-    """The launches of a prefill for a compute capability; ``ptx``: with inline PTX (not interpreted)."""
+    """The launches of a prefill for a compute capability.
+
+    Args:
+        ptx: with inline PTX (not interpreted).
+        short_query_len: sequences of up to so many query tokens are left alone.
+    """
     num_tokens, num_q_heads, head_dim = q.shape
     num_seqs = seq_lens.shape[0]
     group = num_q_heads // num_kv_heads
@@ -492,6 +505,7 @@ def prefill_launches(
                 "softcap": softcap,
                 "window_left": window_left,
                 "window_right": window_right,
+                "short_query_len": short_query_len,
                 "P": _cache_pages(cache, num_kv_heads, head_dim),
                 "D": head_dim,
                 "HALF": _half(head_dim),
@@ -537,33 +551,70 @@ def prefill(
     max_query_len: int = -1,
     int8: bool = True,
 ) -> None:
-    """torch.ops.tq4.prefill in Triton."""
-    launches = prefill_launches(
-        q,
-        cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        q_rotation,
-        out_rotation,
-        k_centroids,
-        k_codes,
-        k_code_scale,
-        v_centroids,
-        out,
-        lse,
-        sinks,
-        num_kv_heads,
-        sm_scale,
-        causal,
-        window_left,
-        window_right,
-        softcap,
-        max_query_len,
-        int8,
-        _capability(q.device),
-        q.device.type == "cuda",
-    )
+    """torch.ops.tq4.prefill in Triton; sequences of few query tokens take the decode kernels."""
+    num_tokens, num_q_heads, _ = q.shape
+    num_seqs = seq_lens.shape[0]
+    longest = num_tokens if max_query_len < 0 else min(max_query_len, num_tokens)
+    short = short_query_len(num_q_heads // num_kv_heads) if decodes_short_queries() else 0
+    capability, ptx = _capability(q.device), q.device.type == "cuda"
+    # Lengths are on the device: which sequences are short, the kernels find out.
+    all_short = short > 0 and longest <= short
+    some_short = 0 < short < longest and 1 < num_seqs and num_tokens < num_seqs * longest
+    launches: list[Launch] = []
+    if all_short or some_short:
+        launches += decode_launches(
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            q_rotation,
+            out_rotation,
+            k_centroids,
+            v_centroids,
+            out,
+            lse,
+            sinks,
+            num_kv_heads,
+            sm_scale,
+            causal,
+            window_left,
+            window_right,
+            softcap,
+            short if some_short else max(1, longest),
+            capability,
+            _sms(q.device),
+            ptx,
+            short if some_short else 0,
+        )
+    if not all_short:
+        launches += prefill_launches(
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            q_rotation,
+            out_rotation,
+            k_centroids,
+            k_codes,
+            k_code_scale,
+            v_centroids,
+            out,
+            lse,
+            sinks,
+            num_kv_heads,
+            sm_scale,
+            causal,
+            window_left,
+            window_right,
+            softcap,
+            max_query_len,
+            int8,
+            capability,
+            ptx,
+            short if some_short else 0,
+        )
     _run(q.device, launches)
 
 
@@ -590,8 +641,13 @@ def decode_launches(
     capability: tuple[int, int],
     num_sms: int,
     ptx: bool,
+    short_query_len: int = 0,
 ) -> list[Launch]:
-    """The launches of a decode of at most MAX_DECODE_ROWS query rows per sequence and KV head."""
+    """The launches of a decode of at most MAX_DECODE_ROWS query rows per sequence and KV head.
+
+    Args:
+        short_query_len: if not 0, sequences of more query tokens are left alone; it is max_query_len then.
+    """
     num_tokens, num_q_heads, head_dim = q.shape
     num_seqs = seq_lens.shape[0]
     group = num_q_heads // num_kv_heads
@@ -605,7 +661,8 @@ def decode_launches(
     partial_rows = (max_shares + num_seqs, num_kv_heads, max_rows)
     partial_out = q.new_empty((*partial_rows, 2 * half), dtype=torch.float32)
     partial_sums = q.new_empty((*partial_rows, 2), dtype=torch.float32)
-    rotated, row_scale, rotate = _rotated_queries(q, q_rotation, False, capability)
+    places = num_seqs * short_query_len if short_query_len > 0 else None
+    rotated, row_scale, rotate = _rotated_queries(q, q_rotation, False, capability, places)
     del rotate.arguments["INT8"]
     prepare = Launch(
         prepare_kernel,
@@ -617,6 +674,7 @@ def decode_launches(
             "units": units,
             "num_seqs": num_seqs,
             "window_left": window_left,
+            "short_query_len": short_query_len,
             "BLOCK_N": config.block_n,
             "LEFT": window_left >= 0,
         },
@@ -645,6 +703,7 @@ def decode_launches(
             "softcap": softcap,
             "window_left": window_left,
             "window_right": window_right,
+            "short_query_len": short_query_len,
             "P": _cache_pages(cache, num_kv_heads, head_dim),
             "D": head_dim,
             "HALF": half,

@@ -47,6 +47,10 @@ class DecodeConfig:
 #: Most query rows (query tokens times query heads per KV head) that the decode kernels take.
 MAX_DECODE_ROWS = 64
 
+#: Query rows of a KV head up to which a sequence of a prefill goes to the decode kernels: their smallest
+#: tile.  A sequence of one token always does, as far as they take its group.
+SHORT_ROWS = 16
+
 #: [architecture][head_dim]; 96 shares the row of 128, to which it is padded.
 #:
 #: sm_90: two programs of 64 rows an SM rather than one of 128.  Both use all registers; two expand every key
@@ -155,6 +159,11 @@ def decode_config(capability: tuple[int, int], head_dim: int, max_rows: int) -> 
     warps = 8 if block_m == MAX_DECODE_ROWS else config.num_warps
     programs = 1 if block_m == MAX_DECODE_ROWS else min(config.programs_per_sm, 2)
     return DecodeConfig(block_m, config.block_n, warps, programs, config.min_units, config.chunk)
+
+
+def short_query_len(group: int) -> int:
+    """Most query tokens with which a sequence of a prefill goes to the decode kernels; 0: none does."""
+    return max(1, SHORT_ROWS // group) if group <= MAX_DECODE_ROWS else 0
 
 
 def _chunk(capability: tuple[int, int], head_dim: int) -> int:

@@ -45,6 +45,24 @@ def _query_count(query_start_loc, seq, mask):
 
 
 @triton.jit
+def _query_tokens(row, valid, query_start_loc, short_query_len, NUM_HEADS: tl.constexpr):
+    """Tokens of some rows of the rotated queries, and which of the rows there are.
+
+    Rows are NUM_HEADS a token, of all tokens in turn; with short_query_len > 0 there are so many places for
+    each sequence, which a sequence of more query tokens leaves empty.
+    """
+    token = row // NUM_HEADS
+    if query_start_loc is not None:
+        if short_query_len > 0:
+            seq = token // short_query_len
+            query = token - seq * short_query_len
+            count = _query_count(query_start_loc, seq, valid)
+            valid = valid & (query < count) & (count <= short_query_len)
+            token = tl.load(query_start_loc + seq, mask=valid, other=0) + query
+    return token, valid
+
+
+@triton.jit
 def _first_key(length, num_queries, window_left, LEFT: tl.constexpr):
     """The first key that the first query sees, rounded down to a token group."""
     if LEFT:
@@ -59,8 +77,20 @@ def _num_shares(total_units, max_shares, MIN_UNITS: tl.constexpr):
 
 
 @triton.jit
-def _plan(seq_lens, query_start_loc, units, num_seqs, window_left, BLOCK_N: tl.constexpr, LEFT: tl.constexpr):
-    """units[s] = work units of the sequences before s, int32 [num_seqs + 1]."""
+def _plan(
+    seq_lens,
+    query_start_loc,
+    units,
+    num_seqs,
+    window_left,
+    short_query_len,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+):
+    """units[s] = work units of the sequences before s, int32 [num_seqs + 1].
+
+    With short_query_len > 0 a sequence of more query tokens has none: it is left alone.
+    """
     tl.store(units, 0)
     total = 0
     for first in tl.range(0, num_seqs, SEQUENCES, num_stages=1):
@@ -69,13 +99,14 @@ def _plan(seq_lens, query_start_loc, units, num_seqs, window_left, BLOCK_N: tl.c
         length = tl.load(seq_lens + seq, mask=mask, other=0)
         num_queries = _query_count(query_start_loc, seq, mask)
         keys = tl.maximum(length - _first_key(length, num_queries, window_left, LEFT), 0)
-        worth = tl.where(num_queries > 0, (keys + BLOCK_N - 1) // BLOCK_N + 1, 0)
+        taken = (num_queries > 0) & ((num_queries <= short_query_len) | (short_query_len == 0))
+        worth = tl.where(taken, (keys + BLOCK_N - 1) // BLOCK_N + 1, 0)
         tl.store(units + 1 + seq, total + tl.cumsum(worth, 0), mask=mask)
         total += tl.sum(worth, 0)
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_seqs", "window_left"],
+    do_not_specialize=["num_rows", "num_seqs", "window_left", "short_query_len"],
     do_not_specialize_on_alignment=["seq_lens", "query_start_loc"],
 )
 def prepare_kernel(
@@ -91,6 +122,7 @@ def prepare_kernel(
     q_head_stride,
     num_seqs,
     window_left,
+    short_query_len,
     NUM_HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -103,21 +135,23 @@ def prepare_kernel(
     """Program 0: cumulative work units; program i: rows (i - 1) * ROWS on of the queries (see queries.py)."""
     program = tl.program_id(0)
     if program == 0:
-        _plan(seq_lens, query_start_loc, units, num_seqs, window_left, BLOCK_N, LEFT)
+        _plan(seq_lens, query_start_loc, units, num_seqs, window_left, short_query_len, BLOCK_N, LEFT)
     else:
+        row = (program - 1) * ROWS + tl.arange(0, ROWS)
+        token, valid = _query_tokens(row, row < num_rows, query_start_loc, short_query_len, NUM_HEADS)
         prepare_rows(
-            program - 1,
+            row,
+            valid,
+            token,
             q,
             rotation,
             rotated,
             row_scale,
-            num_rows,
             q_token_stride,
             q_head_stride,
             NUM_HEADS,
             D,
             HALF,
-            ROWS,
             CHUNK,
             ROTATION_SCALE,
             False,
@@ -125,7 +159,15 @@ def prepare_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "num_seqs", "max_shares", "max_rows", "window_left", "window_right"],
+    do_not_specialize=[
+        "table_stride",
+        "num_seqs",
+        "max_shares",
+        "max_rows",
+        "window_left",
+        "window_right",
+        "short_query_len",
+    ],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
 )
 def split_kernel(
@@ -148,6 +190,7 @@ def split_kernel(
     softcap,
     window_left,
     window_right,
+    short_query_len,
     P: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -165,7 +208,8 @@ def split_kernel(
     """One share of the work units of one KV head.
 
     Args:
-        queries, row_scale: fp16 [num_tokens * Hq, 2 * HALF] and fp32 [num_tokens * Hq], of prepare_kernel.
+        queries, row_scale: fp16 [num_rows, 2 * HALF] and fp32 [num_rows], of prepare_kernel; see
+            _query_tokens.
         cache: uint8, described by P.
         block_table: int32 [B, table_stride]; seq_lens int32 [B]; query_start_loc int32 [B + 1] or None.
         units: int32 [B + 1].
@@ -208,7 +252,8 @@ def split_kernel(
         if stop_unit > unit:
             row_token = row // GROUP
             row_valid = (row < num_queries * GROUP) & (row < max_rows)
-            q_row = (start_token + row_token).to(tl.int64) * (NUM_KV_HEADS * GROUP)
+            first_place = tl.where(short_query_len > 0, seq * short_query_len, start_token)
+            q_row = (first_place + row_token).to(tl.int64) * (NUM_KV_HEADS * GROUP)
             q_row += head * GROUP + row % GROUP
             q = tl.load(
                 queries + q_row[:, None] * (2 * HALF) + column[None, :], mask=row_valid[:, None], other=0.0

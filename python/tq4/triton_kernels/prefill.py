@@ -43,6 +43,7 @@ from .common import (
         "num_slots",
         "window_left",
         "window_right",
+        "short_query_len",
     ],
     # Slices of index tensors start anywhere: not a reason to compile again.
     do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
@@ -71,6 +72,7 @@ def prefill_kernel(
     softcap,
     window_left,
     window_right,
+    short_query_len,
     P: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -99,6 +101,7 @@ def prefill_kernel(
         out: [num_tokens, Hq, D] fp16 or bf16; strides in elements.
         lse: fp32 [Hq, lse_stride] or None; sinks: fp32 [Hq] or None.
         score_scale: sm_scale, times k_code_scale if INT8.
+        short_query_len: sequences of up to so many query tokens are left alone.
     """
     # The last slots first: under a causal mask they are the longest.
     program = tl.program_id(0)
@@ -109,7 +112,7 @@ def prefill_kernel(
     start_token = tl.load(query_start_loc + seq)
     num_queries = tl.load(query_start_loc + seq + 1) - start_token
     num_rows = num_queries * GROUP
-    if first_row >= num_rows:
+    if (first_row >= num_rows) | (num_queries <= short_query_len):
         return
     length = tl.load(seq_lens + seq)
 

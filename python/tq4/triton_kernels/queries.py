@@ -20,36 +20,34 @@ from .common import MAGIC, power_of_two, rotate_rows
 
 @triton.jit
 def prepare_rows(
-    block,
+    row,
+    valid,
+    token,
     q,
     rotation,
     rotated,
     row_scale,
-    num_rows,
     q_token_stride,
     q_head_stride,
     NUM_HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROTATION_SCALE: tl.constexpr,
     INT8: tl.constexpr,
 ):
-    """Rows block * ROWS on, row r being token r // NUM_HEADS and head r % NUM_HEADS.
+    """Some rows, row r being head r % NUM_HEADS of its token.
 
     Args:
+        row: int32 [ROWS], places in rotated and row_scale; token: int32 [ROWS], where valid.
         q: [num_tokens, NUM_HEADS, D] fp16 or bf16; strides in elements.
         rotation: fp32 [D, D] or None (q is rotated already).
         rotated: [num_rows, 2 * HALF] int8 (INT8) or fp16, contiguous.
         row_scale: fp32 [num_rows]; NaN for a row with a NaN or an infinity.
     """
-    row = block * ROWS + tl.arange(0, ROWS)
-    valid = row < num_rows
-    token = (row // NUM_HEADS).to(tl.int64)
     head = (row % NUM_HEADS).to(tl.int64)
     # [1] rotate
-    q_rows = q + token * q_token_stride + head * q_head_stride
+    q_rows = q + token.to(tl.int64) * q_token_stride + head * q_head_stride
     x = rotate_rows(q_rows, valid, rotation, D, HALF, CHUNK, ROTATION_SCALE)
     # [2] quantise
     largest = tl.max(tl.abs(x), 1)
@@ -90,20 +88,21 @@ def queries_kernel(
     ROTATION_SCALE: tl.constexpr,
     INT8: tl.constexpr,
 ):
-    """prepare_rows on a grid of ceil(num_rows / ROWS) programs."""
+    """All rows, row r being token r // NUM_HEADS, on a grid of ceil(num_rows / ROWS) programs."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     prepare_rows(
-        tl.program_id(0),
+        row,
+        row < num_rows,
+        row // NUM_HEADS,
         q,
         rotation,
         rotated,
         row_scale,
-        num_rows,
         q_token_stride,
         q_head_stride,
         NUM_HEADS,
         D,
         HALF,
-        ROWS,
         CHUNK,
         ROTATION_SCALE,
         INT8,
