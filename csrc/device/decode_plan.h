@@ -32,9 +32,8 @@ enum class DecodeMode : int32_t {
 };
 
 constexpr DecodeMode decode_mode(int head_dim, int max_rows, bool int8, bool bulk) {
-  return !int8 ? bulk ? DecodeMode::kInt8x2Rows8 : DecodeMode::kFp16Rows8
-         : max_rows > 8 && head_dim != 256 ? DecodeMode::kInt8Rows16
-                                           : DecodeMode::kInt8Rows8;
+  if (!int8) return bulk ? DecodeMode::kInt8x2Rows8 : DecodeMode::kFp16Rows8;
+  return max_rows > 8 && head_dim != 256 ? DecodeMode::kInt8Rows16 : DecodeMode::kInt8Rows8;
 }
 
 // Whether q is INT8 codes (and, with one octet, their residuals), else two fp16 terms.
