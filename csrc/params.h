@@ -134,7 +134,7 @@ struct AttentionParams {
   const int32_t* query_start_loc;  // [B + 1]; null (decode only) = one token a sequence
   const float* q_rotation;    // [D, D] row-major: q_rot = q @ R^T; null = q is rotated already
   const float* out_rotation;  // [D, D] row-major: out = O @ R; null = O stays rotated
-  const float* k_centroids;   // [16] fp32 (fp16 mode)
+  const float* k_centroids;   // [16] fp32 (exact mode)
   const int8_t* k_codes;      // [16] (INT8 mode)
   float k_code_scale;         // centroid ~= code * k_code_scale
   const float* v_centroids;   // [16] fp32
@@ -142,7 +142,7 @@ struct AttentionParams {
   float sm_scale;
   float softcap;              // 0 = none
   int32_t window_left, window_right;  // -1 = unlimited
-  bool int8;                  // INT8 QK; false = fp16 QK
+  bool int8;                  // q and K as INT8 codes; false = exact mode: two terms each, or fp16
   int32_t num_seqs, num_tokens, num_q_heads;
   int32_t max_query_len;      // upper bound of the query tokens of one sequence
   // Sequences of up to so many query tokens are decode's, the others prefill's: each leaves the

@@ -45,7 +45,7 @@ TOLERANCES = {
     "exact-gaussian": Bound(5e-3),
     "exact-real": Bound(8e-3),
     "exact-outlier": Bound(1.5e-2),
-    # fp16 mode (no INT8) against exact attention
+    # exact mode (int8=False: fp16, or decode's two INT8 terms) against exact attention
     "fp16": Bound(2e-3),
 }
 #: Rounding of an output to its dtype, allowed on top of every bound: half a unit in the last place.

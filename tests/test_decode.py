@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tq4
-from support import TOLERANCES, real_qkv, relative_error
+from support import TOLERANCES, Bound, assert_close, assert_lse_close, real_qkv, relative_error
 from support_attention import (
     BFLOAT16,
     FLOAT16,
@@ -25,6 +25,7 @@ from support_attention import (
     run,
     verify,
 )
+from tq4.backends import cuda
 
 # ----------------------------------------------------------------------------- masks at one and more tokens
 
@@ -219,6 +220,71 @@ def test_rounding_the_query_costs_nothing(backend: str) -> None:
     out, _ = run(problem, backend, "decode")
     error, plain = relative_error(out, exact), relative_error(recipe, exact)
     assert error <= max(0.6 * plain, TOLERANCES["fp16"].total), f"{backend}: {error:.3g}, recipe {plain:.3g}"
+
+
+# ------------------------------------------------------------------------------------------- the exact mode
+
+_EXACT = Case(head_dim=128, seq_lens=(2048, 1, 0, 700, 33), query_lens=(1,) * 5, int8=False)
+EXACT_CASES = [
+    _EXACT.but(
+        head_dim=row["head_dim"],
+        kv_heads=row["kv_heads"],
+        group=row["group"],
+        query_lens=(1,) * 5 if row["queries"] == 1 else (4, 1, 2, 4, 3),
+        layout=row["layout"],
+        data=row["data"],
+        rotation=row["rotation"],
+        seed=index,
+    )
+    for index, row in enumerate(
+        pairwise(
+            head_dim=(64, 96, 128, 256),
+            kv_heads=(1, 2, 8),
+            group=(1, 4, 7, 8),
+            queries=(1, 4),
+            layout=("token_major", "head_major"),
+            data=("gaussian", "outlier"),
+            rotation=("hadamard", "haar", None),
+        )
+    )
+]
+EXACT_CASES += [
+    _EXACT.but(head_dim=d, group=4, **options)
+    for d in (64, 96, 128, 256)
+    for options in (
+        dict(window=(100, -1), sinks=True),
+        dict(softcap=20.0, query_lens=(4, 1, 2, 4, 3), layout="head_major"),
+        dict(causal=False, window=(300, 2), softcap=5.0, sinks=True, query_lens=(16, 1, 2, 4, 3)),
+    )
+]
+
+
+def _has_bulk_decode(device: str) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0) and "9.0a" in cuda.built_archs()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EXACT_CASES, ids=str)
+def test_exact_mode(case: Case) -> None:
+    """Without INT8, against exact attention: two INT8 terms on Hopper are no worse than fp16 elsewhere."""
+    target = Target("cuda", "cuda")
+    target.require()
+    problem = build(case, "cuda")
+    out, lse = run(problem, "cuda", "decode")
+    want, want_lse = answer(problem, "exact", torch.float64)
+    assert_close(out, want, Bound(1e-3, 5e-3) if _has_bulk_decode("cuda") else "fp16")
+    assert_lse_close(lse, want_lse, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row_padding", [0, 20])
+def test_exact_mode_follows_the_pipeline(row_padding: int) -> None:
+    """On Hopper it has a kernel of its own where pages can be bulk copied, else the portable one."""
+    for backend in ("cuda", "cuda-sm80"):
+        Target(backend, "cuda").require()
+    problem = build(_EXACT.but(group=4, row_padding=row_padding), "cuda")
+    here, portable = (run(problem, backend, "decode")[0] for backend in ("cuda", "cuda-sm80"))
+    assert torch.equal(here, portable) == (row_padding > 0 or not _has_bulk_decode("cuda"))
 
 
 @on_targets()

@@ -190,6 +190,38 @@ def test_prepare_queries_rotates_by_warpgroup_products(instructions):
             assert total["HGMMA"] % (head_dim // 16) == 0, (head_dim, arch)  # whole rows of q R^T
 
 
+# DecodeMode of csrc/device/decode_plan.h, by the IMMAs of a word of codes (8 dims of a lane) and a tile.
+DECODE_IMMAS = {"0": 1, "1": 1, "2": 0, "3": 4}
+
+
+def test_decode_kernels_are_complete(instructions):
+    """Every mode with its products and its pipeline; the exact mode's two INT8 terms on sm_90a alone."""
+    found = defaultdict(set)
+    for (arch, name), counts in instructions.items():
+        match = re.search(r"decode_kernel.*DecodeConfigILi(\d+)E.*DecodeModeE(\d)ELb([01])ELb([01])E", name)
+        if match is None:
+            continue
+        head_dim, mode, bulk, wide = int(match[1]), match[2], match[3] == "1", match[4] == "1"
+        found[arch.rstrip("a")].add((head_dim, mode, bulk, wide))
+        who, total = (arch, name), _by_family(counts)
+        assert total["IMMA"] == DECODE_IMMAS[mode] * 2 * head_dim // 32, who  # two n8 tiles of keys
+        assert total["HMMA"] > 0, who
+        assert (total["UBLKCP"] > 0) == bulk and (total["LDGSTS"] > 0) == (not bulk), who
+        # 16 warps need registers of the producer's.
+        assert (total["USETMAXREG"] > 0) == (bulk and mode in "03" and head_dim <= 128), who
+    plain, sm90a = _built_archs()
+    portable = {(d, mode, False, True) for d in HEAD_DIMS for mode in "012" if (d, mode) != (256, "1")}
+    own = {
+        (d, mode, True, wide)
+        for d in HEAD_DIMS
+        for mode in "013"
+        for wide in (False, True)
+        if (d, mode) != (256, "1") and (wide or d >= 128)
+    }
+    wanted = {arch: portable | (own if sm90a and arch == "sm_90" else set()) for arch in plain}
+    assert dict(found) == wanted
+
+
 def test_tiles_are_expanded_for_both_prefill_kernels(instructions):
     """One kernel an image; that of sm_90a's own kernel is not built elsewhere."""
     portable, own = defaultdict(set), defaultdict(set)

@@ -33,12 +33,14 @@
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/register_pool.cuh"
+#include "decode_key_codes.cuh"
 #include "decode_merge.cuh"
 #include "decode_pipeline.cuh"
 #include "decode_plan.h"
 #include "decode_schedule.h"
 #include "decode_step.cuh"
 #include "decode_table.cuh"
+#include "pinned.cuh"
 #include "rotation_fragments.cuh"
 
 namespace tq4 {
@@ -90,7 +92,7 @@ __device__ __forceinline__ bool next_segment(const DecodeShared& shared, WarpScr
   if (threadIdx.x % kWarpSize == 0) {
     SegmentWalker walker = scratch.walker;
     DecodeSegment segment{};
-    scratch.found = walker.next(reload(shared.batch), segment);
+    scratch.found = walker.next(shared.batch, segment);
     scratch.walker = walker;
     scratch.segment = segment;
   }
@@ -231,7 +233,7 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
 template <typename Config, typename Hidden>
 __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage, uint32_t empty,
                                              uint32_t lane_table, const LaneOffsets& at,
-                                             const KeyCodes& key_codes,
+                                             const KeyCodes<Config>& key_codes,
                                              const DecodeRows<Config>& rows, float cap_log2e,
                                              Hidden&& hidden_of_tile, DecodeState<Config>& state) {
   float s[Config::kOctets][4];
@@ -266,7 +268,8 @@ template <typename Config>
 __device__ __forceinline__ void consume_segment(const AttentionParams& p, const DecodePlan& plan,
                                                 const WarpScratch& scratch, uint32_t lane_table,
                                                 uint32_t barriers, uint32_t stages,
-                                                const LaneOffsets& at, const KeyCodes& key_codes,
+                                                const LaneOffsets& at,
+                                                const KeyCodes<Config>& key_codes,
                                                 DecodeState<Config>& state) {
   const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
   const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
@@ -358,12 +361,12 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
                       slot % plan.row_groups * Config::kRows,
                       1.f,
                       1.f};
-  if constexpr (Config::kInt8) {
-    if (threadIdx.x < 16) shared.key_codes[threadIdx.x] = p.k_codes[threadIdx.x];
-    if (threadIdx.x == 0) shared.bit3_mask = 0x44444444u;
-  }
   place.value_unit = write_pair_table(smem, p.v_centroids, warp, Config::kWarps);
-  if constexpr (!Config::kInt8) {
+  if constexpr (Config::kSplitKeys) {
+    place.key_unit = shared.split_codes.write(p);
+  } else if constexpr (Config::kInt8) {
+    shared.plain_codes.write(p);
+  } else {
     place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids, warp, Config::kWarps);
   }
   shared.warps[warp].place = place;  // written by all lanes alike
@@ -382,13 +385,11 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   scratch.ring = {0, 0};
   scratch.walker = shared.walker;
 
-  KeyCodes key_codes{};
-  if constexpr (Config::kInt8) {
-    // Pinned: uniform values end up in uniform registers, from which every byte permute would have
-    // to copy them first (60 instructions a tile).
-    const uint4 w = ptx::ld_shared_v4(ptx::smem_address(shared.key_codes));
-    const uint32_t bit3 = ptx::ld_shared_u32(ptx::smem_address(&shared.bit3_mask));
-    key_codes = {{pinned(w.x), pinned(w.y), pinned(w.z), pinned(w.w)}, pinned(bit3)};
+  KeyCodes<Config> key_codes{};
+  if constexpr (Config::kSplitKeys) {
+    key_codes.load(shared.split_codes);
+  } else if constexpr (Config::kInt8) {
+    key_codes.load(shared.plain_codes);
   }
   const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
   bool found = next_segment(shared, scratch);

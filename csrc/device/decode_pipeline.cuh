@@ -13,6 +13,7 @@
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/smem.cuh"
+#include "decode_key_codes.cuh"
 #include "decode_plan.h"
 #include "decode_schedule.h"
 
@@ -42,7 +43,7 @@ struct ConsumerPlace {
   int32_t team, slot;
   int32_t head;                // of the chunk
   int32_t first_row;           // of the KV head's rows
-  float key_unit, value_unit;  // of the pair table
+  float key_unit, value_unit;  // of the tables
 };
 
 // What a consumer warp needs between tiles of different segments only, kept out of the registers of
@@ -57,12 +58,12 @@ struct WarpScratch {
 
 struct DecodeShared {
   uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
-  int8_t key_codes[16];
-  uint32_t bit3_mask;
+  PlainKeyCodes::Tables plain_codes;
   SegmentWalker walker;              // at the start of the share
   DecodeBatch batch;                 // a copy that does not occupy registers between segments
   WarpScratch warps[16 + 1];         // the last is the producer's
   CopyPiece pieces[kMaxCopyPieces];  // of a tile, for bulk copies
+  SplitKeyCodes::Tables split_codes;
 };
 static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
 

@@ -16,32 +16,51 @@
 namespace tq4 {
 
 // Kinds of decode kernel.
-//   kInt8Rows8   up to 8 query rows a warp; the other half of the A operand holds what rounding
-//   left
-//                of q, so that quantising q costs no accuracy
-//   kInt8Rows16  16 rows share the unpacking of K and V; no residual.  Not at D = 256, where the
-//                accumulators would not fit in registers
-//   kFp16Rows8   no quantisation of q and K, for comparison
+//   kInt8Rows8    up to 8 query rows a warp; the other half of the A operand holds what rounding
+//                 left of q, so that quantising q costs no accuracy
+//   kInt8Rows16   16 rows share the unpacking of K and V; no residual.  Not at D = 256, where the
+//                 accumulators would not fit in registers
+//   kFp16Rows8    the exact mode (int8 = false): q as two fp16 terms, K in fp16
+//   kInt8x2Rows8  the exact mode of the bulk pipeline: q and K as two INT8 terms each, no less
+//                 exact than fp16, and little slower than kInt8Rows8
 // More rows are further warps over the same keys.
-enum class DecodeMode : int32_t { kInt8Rows8 = 0, kInt8Rows16 = 1, kFp16Rows8 = 2 };
+enum class DecodeMode : int32_t {
+  kInt8Rows8 = 0,
+  kInt8Rows16 = 1,
+  kFp16Rows8 = 2,
+  kInt8x2Rows8 = 3
+};
 
-constexpr DecodeMode decode_mode(int head_dim, int max_rows, bool int8) {
-  return !int8                             ? DecodeMode::kFp16Rows8
-         : max_rows > 8 && head_dim != 256 ? DecodeMode::kInt8Rows16
-                                           : DecodeMode::kInt8Rows8;
+constexpr DecodeMode decode_mode(int head_dim, int max_rows, bool int8, bool bulk) {
+  if (!int8) return bulk ? DecodeMode::kInt8x2Rows8 : DecodeMode::kFp16Rows8;
+  return max_rows > 8 && head_dim != 256 ? DecodeMode::kInt8Rows16 : DecodeMode::kInt8Rows8;
 }
 
-constexpr int decode_octets(DecodeMode mode) { return mode == DecodeMode::kInt8Rows16 ? 2 : 1; }
+// Whether q is INT8 codes (and, with one octet, their residuals), else two fp16 terms.
+TQ4_HOST_DEVICE constexpr bool has_int8_query(DecodeMode mode) {
+  return mode != DecodeMode::kFp16Rows8;
+}
+
+// Whether keys are the INT8 codes of AttentionParams, with their scale; else the kernel makes what
+// it needs from the centroids.
+TQ4_HOST_DEVICE constexpr bool has_given_codes(DecodeMode mode) {
+  return mode == DecodeMode::kInt8Rows8 || mode == DecodeMode::kInt8Rows16;
+}
+
+TQ4_HOST_DEVICE constexpr int decode_octets(DecodeMode mode) {
+  return mode == DecodeMode::kInt8Rows16 ? 2 : 1;
+}
 
 // Consumer warps of a CTA.  16 hide latency best, and need registers moved from the producer to the
 // consumers (sm_90a): 112 a thread.  8 have 168.
 constexpr int decode_warps(int head_dim, DecodeMode mode, bool bulk) {
-  return bulk && mode == DecodeMode::kInt8Rows8 && head_dim <= 128 ? 16 : 8;
+  const bool fits = mode == DecodeMode::kInt8Rows8 || mode == DecodeMode::kInt8x2Rows8;
+  return bulk && fits && head_dim <= 128 ? 16 : 8;
 }
 
 // Query rows of a KV head that decode takes at most.
 constexpr int decode_row_limit(int head_dim, bool int8) {
-  const DecodeMode mode = decode_mode(head_dim, INT32_MAX, int8);
+  const DecodeMode mode = decode_mode(head_dim, INT32_MAX, int8, false);
   return 8 * decode_octets(mode) * decode_warps(head_dim, mode, false);
 }
 
@@ -343,12 +362,13 @@ namespace detail {
 // Fills in what depends on the pipeline; false when the cache cannot be read that way.
 inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   const PageView& view = p.cache;
+  plan.mode = decode_mode(view.head_dim, plan.max_rows, p.int8, bulk);
   const int octets = decode_octets(plan.mode);
   const int limit = decode_smem_limit(p.arch);
   plan.bulk = bulk;
   plan.warps = decode_warps(view.head_dim, plan.mode, bulk);
   plan.row_groups = ceil_div(plan.max_rows, 8 * octets);
-  plan.shared_offset = (p.int8 ? 1 : 2) * kDecodeTableBytes;
+  plan.shared_offset = (has_int8_query(plan.mode) ? 1 : 2) * kDecodeTableBytes;
   plan.merge_offset = plan.shared_offset + kDecodeSharedBytes;
   plan.num_stages = 0;
   // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
@@ -402,9 +422,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   DecodePlan plan{};
   plan.group = p.num_q_heads / view.num_kv_heads;
   const int64_t max_rows = static_cast<int64_t>(plan.group) * p.max_query_len;
-  plan.mode =
-      decode_mode(view.head_dim, static_cast<int>(std::min<int64_t>(max_rows, 1 << 20)), p.int8);
-  const int octets = decode_octets(plan.mode);
+  // The portable kernel's limit whatever the pipeline, which depends on the cache's alignment.
   const int most_rows = decode_row_limit(view.head_dim, p.int8);
   require(max_rows <= most_rows,
           "max_query_len: decode takes up to " + std::to_string(most_rows) +
@@ -421,7 +439,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   const int64_t prepare_ctas = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
   plan.grid = p.num_sms - (prepare_ctas <= p.num_sms / 32 ? static_cast<int>(prepare_ctas) : 0);
 
-  const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable && p.int8;
+  const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable;
   if (!wants_bulk || !detail::plan_tiles(p, true, plan)) {
     require(detail::plan_tiles(p, false, plan),
             "head_dim: a tile does not fit in this device's shared memory");
@@ -445,7 +463,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   const int64_t partials =
       static_cast<int64_t>(plan.grid) + static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
   const int64_t partial_rows = partials * plan.heads_per_chunk * plan.max_rows;
-  const int query_bytes = p.int8 ? 1 : 2;
+  const int query_bytes = has_int8_query(plan.mode) ? 1 : 2;
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
     const int64_t begin = at;
@@ -453,7 +471,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
     return begin;
   };
   plan.query_codes = take(rows * view.head_dim * query_bytes);
-  plan.query_residual = take(octets == 1 ? rows * view.head_dim * query_bytes : 0);
+  plan.query_residual =
+      take(decode_octets(plan.mode) == 1 ? rows * view.head_dim * query_bytes : 0);
   plan.query_scale = take(rows * 4);
   plan.dense_rotation = take(4);
   plan.unit_ctas = take(static_cast<int64_t>(p.num_seqs) * plan.num_chunks * sizeof(CtaRange));

@@ -158,7 +158,7 @@ __device__ __forceinline__ void write_query(const AttentionParams& p, const Deco
                                             int64_t at, float largest, float x, float y) {
   auto* codes = static_cast<uint8_t*>(p.workspace) + plan.query_codes;
   auto* residuals = static_cast<uint8_t*>(p.workspace) + plan.query_residual;
-  if (p.int8) {
+  if (has_int8_query(plan.mode)) {
     const float unit = query_unit(largest);
     const float inverse = query_inverse(largest, unit);
     const float v[2] = {x, y};
@@ -173,7 +173,7 @@ __device__ __forceinline__ void write_query(const AttentionParams& p, const Deco
       rest |= static_cast<uint32_t>(left & 0xff) << shift;
     }
     *reinterpret_cast<uint16_t*>(codes + at) = static_cast<uint16_t>(code);
-    if (plan.mode == DecodeMode::kInt8Rows8) {
+    if (decode_octets(plan.mode) == 1) {
       *reinterpret_cast<uint16_t*>(residuals + at) = static_cast<uint16_t>(rest);
     }
   } else {
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
   pieces.find(p, batch, first, num_rows);
   pieces.load(aligned8);
   const float unit_scale = p.sm_scale * (p.softcap != 0.f ? 1.f / p.softcap : 1.4426950408889634f) *
-                           (p.int8 ? p.k_code_scale : 1.f);
+                           (has_given_codes(plan.mode) ? p.k_code_scale : 1.f);
 
 #pragma unroll 1
   while (first < num_rows) {
@@ -301,7 +301,8 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
         // A NaN in the row goes into its scale, and so into every score.
         float unit = largest;
         if (largest == largest) {
-          unit = p.int8 ? query_unit(largest) : __fdiv_rn(1.f, fp16_row_scale(largest));
+          unit = has_int8_query(plan.mode) ? query_unit(largest)
+                                           : __fdiv_rn(1.f, fp16_row_scale(largest));
         }
         reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + plan.query_scale)[index] =
             unit * unit_scale;

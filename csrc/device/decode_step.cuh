@@ -11,7 +11,9 @@
 // Rows.  With up to 8 rows, the other 8 rows of A hold what quantisation left over,
 //   q_rot / s_q = q8 + r8 / 256,
 // so c0,c1 is q8 . k8 and c2,c3 of the same lane is r8 . k8: the error of quantising q is gone for
-// one FFMA a score.  In fp16 mode they hold q - fp16(q).
+// one FFMA a score.  In kInt8x2Rows8 keys have a residual as well (decode_codes.h) and scores a
+// second accumulator; the product of both residuals comes with it.  In fp16 mode the other rows
+// hold q - fp16(q).
 //
 // Scales.  The K norm multiplies the score's column.  The V norm multiplies P, which is 8 times
 // cheaper than multiplying V, but norms have any magnitude and fp16 has not.  So the exponent
@@ -27,10 +29,11 @@
 #include "../ptx/mma.cuh"
 #include "../ptx/smem.cuh"
 #include "common.cuh"
+#include "decode_key_codes.cuh"
 #include "decode_map.h"
 #include "decode_plan.h"
 #include "decode_table.cuh"
-#include "unpack4.cuh"
+#include "pinned.cuh"
 
 namespace tq4 {
 
@@ -41,9 +44,10 @@ struct DecodeConfig {
   static constexpr bool kBulk = kBulk_;  // bulk copies (sm_90a), else cp.async
   static constexpr bool kWide = kWide_;  // the lane's codes lie aligned for vector loads
 
-  static constexpr bool kInt8 = kMode != DecodeMode::kFp16Rows8;
+  static constexpr bool kInt8 = has_int8_query(kMode);
   static constexpr int kOctets = decode_octets(kMode);  // groups of 8 query rows of a warp
   static constexpr bool kResidual = kOctets == 1;
+  static constexpr bool kSplitKeys = kMode == DecodeMode::kInt8x2Rows8;
   static constexpr int kRows = 8 * kOctets;
   using Map = DecodeMap<D>;
   static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
@@ -74,29 +78,15 @@ constexpr float kDenominatorScale = 0x1p-76f;
 // no conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
 constexpr int32_t kScoreBias = 0x4b400000;
 constexpr float kScoreBiasFloat = 12582912.f;
+// Units of the residuals of q and of keys.  Every accumulator brings the bias, in its own unit;
+// their sum is an integer below 2^24, so taking it off is exact.
+constexpr float kQueryRest = 1.f / 256.f;
+constexpr float kKeyRest = 1.f / kKeyRestUnits;
+constexpr float kSplitBias = kScoreBiasFloat * ((1.f + kQueryRest) * (1.f + kKeyRest));
+static_assert(kSplitBias == 12730752.f, "an integer");
 
-// The value, by a way the compiler cannot see through.  What is cheap to compute from constants it
-// would otherwise compute anew for every tile, and fragments loaded in pairs it would copy into
-// place for every MMA.  Whole warps only.
-template <typename T>
-__device__ __forceinline__ T pinned(T x) {
-  return __shfl_sync(kFullWarp, x, threadIdx.x % kWarpSize);
-}
-
-// The INT8 codebook and the mask of unpack_keys, in registers.
-struct KeyCodes {
-  ByteTable table;
-  uint32_t bit3;  // 0x44444444
-};
-
-// unpack_int8 with one LOP3 less: of its two masks an instruction can hold only one itself.
-__device__ __forceinline__ void unpack_keys(uint32_t word, const KeyCodes& codes, uint32_t& x0,
-                                            uint32_t& x1) {
-  const uint32_t entry = word & 0x77777777u;
-  const uint32_t half = ((word >> 1) & codes.bit3) | 0x32103210u;
-  x0 = lookup4(codes.table, entry, half);
-  x1 = lookup4(codes.table, entry >> 16, half >> 16);
-}
+template <typename Config>
+using KeyCodes = std::conditional_t<Config::kSplitKeys, SplitKeyCodes, PlainKeyCodes>;
 
 // What a lane knows of its rows g and g + 8, for one segment: A fragments of q, and by octet the
 // log2 units of one unit of norm * (q . k).
@@ -245,11 +235,9 @@ __device__ __forceinline__ void load_value_words(uint32_t address,
 // [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of
 // n-tile j.
 template <typename Config>
-__device__ __forceinline__ void compute_scores(uint32_t key_address, int code_step,
-                                               uint32_t lane_table, const KeyCodes& key_codes,
-                                               const DecodeRows<Config>& rows,
-                                               int64_t residual_offset,
-                                               float (&s)[Config::kOctets][4]) {
+__device__ __forceinline__ void compute_scores(
+    uint32_t key_address, int code_step, uint32_t lane_table, const KeyCodes<Config>& key_codes,
+    const DecodeRows<Config>& rows, int64_t residual_offset, float (&s)[Config::kOctets][4]) {
   constexpr int kWords = Config::Map::kKeyWords;
   // One n-tile after the other: the codes of both would crowd registers.
 #pragma unroll
@@ -258,19 +246,28 @@ __device__ __forceinline__ void compute_scores(uint32_t key_address, int code_st
     if constexpr (Config::kHoldsQuery) {
       load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
     }
-    if constexpr (Config::kInt8) {
-      int32_t acc[4];
+    if constexpr (Config::kSplitKeys) {
+      int32_t acc[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
+      int32_t rest[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[i] = ptx::opaque(kScoreBias);  // anew: kept, it takes registers
-#pragma unroll
-      for (int k = 0; k < kWords; ++k) {
-        uint32_t b0, b1;
-        unpack_keys(words[k], key_codes, b0, b1);
-        ptx::mma_m16n8k32_s8s8s32(acc, rows.q[k], b0, b1, acc);
-      }
+      for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc, rest);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const float first = __int_as_float(acc[b]), second = __int_as_float(acc[2 + b]);
+        // (q8 + r8 / 256) . (code + rest / 128)
+        const float codes =
+            fmaf(__int_as_float(acc[2 + b]), kQueryRest, __int_as_float(acc[b]) - kSplitBias);
+        s[0][2 * j + b] = fmaf(__int_as_float(rest[2 + b]), kQueryRest * kKeyRest,
+                               fmaf(__int_as_float(rest[b]), kKeyRest, codes));
+      }
+    } else if constexpr (Config::kInt8) {
+      int32_t acc[4] = {};
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc);
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        // The bias is added afterwards: four constants as the first summand would take registers.
+        const float first = __int_as_float(acc[b] + kScoreBias);
+        const float second = __int_as_float(acc[2 + b] + kScoreBias);
         if constexpr (Config::kResidual) {
           // (bias + x) - bias (1 + 1/256) + (bias + r) / 256, exact up to the last rounding.
           s[0][2 * j + b] = fmaf(second, 1.f / 256.f, first - kScoreBiasFloat * (257.f / 256.f));

@@ -56,9 +56,11 @@ void launch_decode(const AttentionParams& p, Stream stream) {
         "workspace: expected decode_workspace_bytes() bytes, 16-byte aligned");
   }
   launch_decode_prepare(p, plan, stream);
-  if (!p.int8) {
+  if (plan.mode == DecodeMode::kFp16Rows8) {
     sm80::launch_decode_fp16(p, plan, stream);
 #ifdef TQ4_HAS_SM90A
+  } else if (plan.mode == DecodeMode::kInt8x2Rows8) {
+    sm90::launch_decode_int8x2(p, plan, stream);
   } else if (plan.bulk) {
     sm90::launch_decode_int8(p, plan, stream);
 #endif

@@ -1,6 +1,7 @@
 // Host side shared by the decode kernels: dependent launches, dispatch on the head dimension.
 #pragma once
 #include <stdexcept>
+#include <type_traits>
 
 #include "../device/decode_kernel.cuh"
 #include "../device/launch.h"
@@ -15,17 +16,25 @@ void launch_decode_config(const AttentionParams& p, const DecodePlan& plan, Stre
                           dim3(Config::kThreads), plan.smem_bytes, stream, p, plan);
 }
 
-template <bool kBulk, bool kWide>
-void launch_decode_int8_with(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+template <int D, bool kBulk, bool kWide>
+void launch_decode_int8_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+  if constexpr (D != 256) {
+    if (plan.mode == DecodeMode::kInt8Rows16) {
+      return launch_decode_config<D, DecodeMode::kInt8Rows16, kBulk, kWide>(p, plan, stream);
+    }
+  }
+  launch_decode_config<D, DecodeMode::kInt8Rows8, kBulk, kWide>(p, plan, stream);
+}
+
+// For the bulk pipeline, which copies rows as they lie: calls launch(D, kWide) with types that hold
+// the head dimension and plan.wide.
+template <typename Launch>
+void dispatch_bulk(const AttentionParams& p, const DecodePlan& plan, Launch&& launch) {
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
+    if (plan.wide) return launch(d, std::true_type{});
     // Rows of the smaller head dimensions, merged or not, are always aligned enough.
-    if constexpr (kWide || d >= 128) {
-      if constexpr (d != 256) {
-        if (plan.mode == DecodeMode::kInt8Rows16) {
-          return launch_decode_config<d, DecodeMode::kInt8Rows16, kBulk, kWide>(p, plan, stream);
-        }
-      }
-      launch_decode_config<d, DecodeMode::kInt8Rows8, kBulk, kWide>(p, plan, stream);
+    if constexpr (d >= 128) {
+      launch(d, std::false_type{});
     } else {
       throw std::logic_error("decode: no kernel for unaligned rows of this head dimension");
     }

@@ -16,6 +16,7 @@ void launch_decode_fp16(const AttentionParams& p, const DecodePlan& plan, Stream
 namespace sm90 {
 // For plan.bulk.
 void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream stream);
+void launch_decode_int8x2(const AttentionParams& p, const DecodePlan& plan, Stream stream);
 }  // namespace sm90
 
 // Partial results -> out and LSE.

@@ -1,4 +1,4 @@
-// Decode without quantisation of q and K, for comparison; cp.async pipeline: sm_80 and up.
+// The exact mode of decode, without quantisation of q and K; cp.async pipeline: sm_80 and up.
 #include "decode_launch.cuh"
 #include "decode_steps.h"
 

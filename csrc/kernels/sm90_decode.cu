@@ -5,11 +5,9 @@
 namespace tq4::sm90 {
 
 void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  if (plan.wide) {
-    launch_decode_int8_with<true, true>(p, plan, stream);
-  } else {
-    launch_decode_int8_with<true, false>(p, plan, stream);
-  }
+  dispatch_bulk(p, plan, [&](auto d, auto wide) {
+    launch_decode_int8_config<d, true, wide>(p, plan, stream);
+  });
 }
 
 }  // namespace tq4::sm90

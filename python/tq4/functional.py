@@ -332,11 +332,15 @@ def decode(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of one to a few query tokens a sequence, split over the keys.
 
-    The same as :func:`prefill` in every respect but speed, and in two arguments.
+    The same as :func:`prefill` in every respect but speed, and in three arguments.
 
     Args:
         query_start_loc: int32 ``[B + 1]``, or None for exactly one token a sequence (T = B).
         max_query_len: upper bound of the query tokens of one sequence.
+        int8: True follows the INT8 recipe.  False is the exact mode: scores by fp16 products, or, on Hopper
+            where pages can be bulk copied (all that a :class:`PagedCache` allocates but for odd numbers of
+            KV heads), by INT8 products of two terms each, code and residual, for q and for keys: no less
+            exact than fp16, and about a fifth slower than the INT8 recipe, not two and a half times.
 
     Returns:
         As :func:`prefill`.

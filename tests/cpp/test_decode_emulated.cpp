@@ -41,6 +41,8 @@ struct Case {
   float norm_scale = 1.f;  // of V
   float wild_norms = 0.f;  // spread of the norms, in powers of two
   float codebook_scale = 1.f;
+  float codebook_shift = 0.f;  // makes it lopsided
+  bool outliers = false;       // every third query row x20, one channel of q x10
   bool nan_row = false;
   bool zero_values = false;  // some V norms are zero, their keys dominate
 };
@@ -66,6 +68,10 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
   };
   if (plan.mode == DecodeMode::kFp16Rows8)
     return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
+  if (plan.mode == DecodeMode::kInt8x2Rows8) {
+    if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8x2Rows8, true, true>{});
+    return go(tq4::DecodeConfig<D, DecodeMode::kInt8x2Rows8, true, false>{});
+  }
   if constexpr (D != 256) {
     if (plan.mode == DecodeMode::kInt8Rows16) {
       if (!plan.bulk) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, true>{});
@@ -140,16 +146,38 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
       break;
   }
 
-  // Keys and values as the kernels should see them, in rotated space.
+  tq4::AttentionParams p{};
+  p.cache = view;
+  p.int8 = c.int8;
+  p.num_seqs = num_seqs;
+  p.num_tokens = num_tokens;
+  p.num_q_heads = hq;
+  p.max_query_len = c.max_query_len;
+  p.short_query_len = c.short_only ? c.max_query_len : 0;
+  p.num_sms = c.num_sms;
+  p.arch = c.arch;
+  p.path = c.bulk ? tq4::Path::kAuto : tq4::Path::kPortable;
+  const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
+  const bool int8x2 = plan.mode == tq4::DecodeMode::kInt8x2Rows8;
+  CHECK(!c.int8 || !int8x2);
+  CHECK(c.int8 || int8x2 == plan.bulk);
+
+  // Keys and values in rotated space: as the kernels should see them, but exact for kInt8x2Rows8,
+  // whose error against exact attention is what it is judged by.
   float centroids[16];
   int8_t codes[16];
-  float exact_half[16];
+  double key_entry[16], value_entry[16];
   for (int i = 0; i < 16; ++i) {
-    centroids[i] = kCentroids[i] * c.codebook_scale;
+    const float centroid = kCentroids[i] + c.codebook_shift;
+    centroids[i] = centroid * c.codebook_scale;
     codes[i] = static_cast<int8_t>(kCodes[i]);
     // fp16 of the centroid in a power-of-two unit: rounding does not depend on the unit.
-    exact_half[i] =
-        emulation::half_to_float(emulation::float_to_half(kCentroids[i])) * c.codebook_scale;
+    const double half = emulation::half_to_float(emulation::float_to_half(centroid)) *
+                        static_cast<double>(c.codebook_scale);
+    value_entry[i] = int8x2 ? centroids[i] : half;
+    key_entry[i] = int8x2   ? centroids[i]
+                   : c.int8 ? codes[i] * static_cast<double>(kCodeUnit) * c.codebook_scale
+                            : half;
   }
   std::vector<std::vector<double>> keys(num_seqs), values(num_seqs);
   for (int s = 0; s < num_seqs; ++s) {
@@ -179,9 +207,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
             uint8_t& byte = packed[d / 2];
             byte = d % 2 == 0 ? static_cast<uint8_t>(index << 4 | (byte & 15))
                               : static_cast<uint8_t>((byte & 0xf0) | index);
-            const double entry = which == 1 || !c.int8
-                                     ? exact_half[index]
-                                     : codes[index] * kCodeUnit * c.codebook_scale;
+            const double entry = which == 1 ? value_entry[index] : key_entry[index];
             target[(static_cast<size_t>(token) * hkv + h) * D + d] = entry * norm;
           }
         }
@@ -198,6 +224,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
       for (int d = 0; d < D; ++d) {
         float x =
             static_cast<float>(gaussian(&random)) * (h % 3 == 1 ? 4.f : 1.f) / c.codebook_scale;
+        if (c.outliers) x *= (token * hq + h) % 3 == 0 ? 20.f : 1.f;
+        if (c.outliers && d == 5) x *= 10.f;
         if (c.nan_row && token == 0 && h == 1 && d == 5) x = NAN;
         uint16_t bits = c.bf16 ? emulation::float_to_bfloat(x) : emulation::float_to_half(x);
         q[token * token_stride + h * head_stride + d] = bits;
@@ -239,14 +267,12 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   for (float& sink : sinks) sink = static_cast<float>(gaussian(&random));
   std::vector<float> lse(static_cast<size_t>(hq) * num_tokens, -77.f);
 
-  tq4::AttentionParams p{};
   p.q = q.data();
   p.out = out.data();
   p.lse = lse.data();
   p.q_token_stride = p.out_token_stride = token_stride;
   p.q_head_stride = p.out_head_stride = head_stride;
   p.dtype = c.bf16 ? tq4::DType::kBFloat16 : tq4::DType::kFloat16;
-  p.cache = view;
   p.block_table = block_table.data();
   p.block_table_stride = max_blocks;
   p.max_blocks = max_blocks;
@@ -257,20 +283,11 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.k_codes = codes;
   p.k_code_scale = kCodeUnit * c.codebook_scale;
   p.sinks = c.sinks ? sinks.data() : nullptr;
-  p.sm_scale = 0.3f / std::sqrt(static_cast<float>(D));
+  // Scores of one unit for a row of ones where there are outliers, as in a model.
+  p.sm_scale = (c.outliers ? 0.6f : 0.3f) / std::sqrt(static_cast<float>(D));
   p.softcap = c.softcap;
   p.window_left = c.window_left;
   p.window_right = c.window_right;
-  p.int8 = c.int8;
-  p.num_seqs = num_seqs;
-  p.num_tokens = num_tokens;
-  p.num_q_heads = hq;
-  p.max_query_len = c.max_query_len;
-  p.short_query_len = c.short_only ? c.max_query_len : 0;
-  p.num_sms = c.num_sms;
-  p.arch = c.arch;
-  p.path = c.bulk ? tq4::Path::kAuto : tq4::Path::kPortable;
-  const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
   std::vector<uint8_t> workspace(plan.workspace_bytes + 256, 0xff);
   p.workspace =
       workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256) % 256;
@@ -301,7 +318,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   // Codes of queries that come rotated: the recipe's fp32 quotient, rounded half to even.  16-bit
   // values hit exact ties.
   int64_t wrong_codes = 0;
-  if (p.int8 && !c.rotate && !c.nan_row && !c.short_only) {
+  if (tq4::has_int8_query(plan.mode) && !c.rotate && !c.nan_row && !c.short_only) {
     const auto* query_codes =
         reinterpret_cast<const int8_t*>(static_cast<uint8_t*>(p.workspace) + plan.query_codes);
     for (int64_t row = 0; row < int64_t{query_start_loc[num_seqs]} * hq; ++row) {
@@ -409,9 +426,10 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   const double relative = size > 0 ? std::sqrt(error / size) : 0;
   const double bound = c.bf16 ? 4e-3 : 8e-4;
   std::printf(
-      "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s)\n",
+      "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s%s)\n",
       name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
-      plan.copy.num_runs, plan.copy.reps, plan.copy.width, plan.bulk ? "bulk" : "cp.async");
+      plan.copy.num_runs, plan.copy.reps, plan.copy.width, plan.bulk ? "bulk" : "cp.async",
+      int8x2 ? ", int8x2" : "");
   if (!(relative < bound)) {
     std::printf(
         "  D %d, %d x %d heads, max_query_len %d, block %d, layout %d, int8 %d, %d SMs, window %d "
@@ -428,6 +446,27 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   CHECK(worst_lse < (plan.mode == tq4::DecodeMode::kInt8Rows16 ? 5e-3 : 1e-3));
   CHECK(others_untouched);
   CHECK(right_specials);
+}
+
+// Both halves of the split tables add up to the entries, and code + rest to the centroid.
+void check_key_terms() {
+  const auto sign = [](int x) { return x < 0 ? -1 : 0; };
+  for (int a = -tq4::kLargestSplit; a <= tq4::kLargestSplit; ++a) {
+    for (int b = -tq4::kLargestSplit; b <= tq4::kLargestSplit; ++b) {
+      const tq4::SplitPair pair = tq4::split_pair(a, b);
+      CHECK(pair.low + sign(pair.high) == a && pair.high + sign(pair.low) == b);
+    }
+  }
+  for (int step = -12600; step <= 12600; ++step) {
+    const float ratio = 0.01f * static_cast<float>(step);
+    const tq4::KeyTerms terms = tq4::key_terms(ratio);
+    CHECK(std::abs(terms.code) <= tq4::kLargestSplit);
+    CHECK(2 * std::abs(terms.rest) <= tq4::kKeyRestUnits);
+    const float sum =
+        static_cast<float>(terms.code) + static_cast<float>(terms.rest) / tq4::kKeyRestUnits;
+    CHECK(std::fabs(sum - ratio) <= 0.5f / tq4::kKeyRestUnits);
+  }
+  CHECK(tq4::key_unit(0.f) == 1.f && std::isnan(tq4::key_unit(NAN)));
 }
 
 Case random_case(Random* random) {
@@ -479,6 +518,7 @@ int main(int argc, char** argv) {
     if (only.empty() || std::string(name).find(only) != std::string::npos) run(name, c, seed);
   };
 
+  check_key_terms();
   test("two heads", [](Case&) {});
   test("one token", [](Case& c) { c.lengths = {1, 16, 17, 0, 15}; });
   test("rotation", [](Case& c) { c.rotate = true, c.bf16 = true; });
@@ -532,6 +572,20 @@ int main(int argc, char** argv) {
     });
     test(("fp16" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.int8 = false, c.lengths = {60, 20}, c.rotate = head_dim == 128;
+      c.bulk = false;
+    });
+    test(("int8x2" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.int8 = false, c.lengths = {60, 20}, c.rotate = head_dim == 128;
+    });
+    test(("int8x2, rows 16" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.int8 = false, c.group = 4, c.queries = {4, 0, 2};
+      c.lengths = {60, 20, 1}, c.max_query_len = 4;
+    });
+    test(("int8x2, outliers" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.int8 = false, c.outliers = true, c.lengths = {130, 90};
+    });
+    test(("int8x2, rotated outliers" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.int8 = false, c.outliers = true, c.lengths = {90}, c.rotate = true;
     });
     test(("one row" + suffix).c_str(), [&](Case& c) { c.head_dim = head_dim, c.group = 1; });
   }
@@ -568,8 +622,42 @@ int main(int argc, char** argv) {
   test("huge norms", [](Case& c) { c.norm_scale = 1e6f, c.wild_norms = 10.f, c.bf16 = true; });
   test("zero values", [](Case& c) { c.zero_values = true, c.bf16 = true, c.lengths = {90}; });
   test("tiny codebook", [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true; });
-  test("tiny codebook fp16",
-       [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false; });
+  for (const bool bulk : {false, true}) {
+    const std::string suffix = bulk ? " int8x2" : " fp16";
+    test(("tiny codebook" + suffix).c_str(), [&](Case& c) {
+      c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false, c.bulk = bulk;
+    });
+    test(("lopsided codebook" + suffix).c_str(), [&](Case& c) {
+      c.codebook_shift = 1.5f, c.int8 = false, c.bulk = bulk;
+    });
+    test(("negative codebook" + suffix).c_str(), [&](Case& c) {
+      c.codebook_shift = -3.f, c.int8 = false, c.bulk = bulk;
+    });
+    test(("NaN row" + suffix).c_str(), [&](Case& c) {
+      c.nan_row = true, c.lengths = {60, 30}, c.int8 = false, c.bulk = bulk;
+    });
+    test(("masks" + suffix).c_str(), [&](Case& c) {
+      c.queries = {3, 1}, c.lengths = {150, 20}, c.max_query_len = 3, c.window_left = 20;
+      c.softcap = 2.f, c.sinks = true, c.group = 7, c.int8 = false, c.bulk = bulk;
+    });
+    test(("wild norms" + suffix).c_str(), [&](Case& c) {
+      c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {200}, c.bf16 = true;
+      c.int8 = false, c.bulk = bulk;
+    });
+  }
+  test("fp16, padded rows",
+       [](Case& c) { c.layout = Layout::kPaddedRows, c.lengths = {45}, c.int8 = false; });
+  test("int8x2, one head, odd rows", [](Case& c) {
+    c.num_kv_heads = 1, c.group = 7, c.lengths = {70, 20}, c.int8 = false;
+  });
+  test("int8x2, head-major, 64", [](Case& c) {
+    c.layout = Layout::kHeadMajor, c.block_size = 64, c.lengths = {145, 70}, c.num_kv_heads = 8;
+    c.int8 = false;
+  });
+  test("int8x2, 64 rows", [](Case& c) {
+    c.group = 4, c.queries = {16, 16}, c.lengths = {40, 20}, c.max_query_len = 16,
+    c.num_kv_heads = 1, c.int8 = false;
+  });
   test("max_query_len broken",
        [](Case& c) { c.queries = {1, 4, 2}, c.lengths = {30, 20, 9}, c.max_query_len = 2; });
   for (const bool bulk : {true, false}) {

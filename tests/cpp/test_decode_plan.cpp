@@ -94,6 +94,12 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   const tq4::DecodePlan plan = tq4::make_decode_plan(p, arch == 90);
   const int octets = tq4::decode_octets(plan.mode);
   CHECK(!plan.bulk || (arch == 90 && plan.copy.width == 16));
+  if (!int8) {  // the exact mode: by INT8 terms exactly where pages can be bulk copied
+    CHECK(plan.mode ==
+          (plan.bulk ? tq4::DecodeMode::kInt8x2Rows8 : tq4::DecodeMode::kFp16Rows8));
+  } else {
+    CHECK(tq4::has_given_codes(plan.mode));
+  }
   CHECK(plan.bulk || plan.wide);
   CHECK(plan.group == group && plan.max_rows == group * max_query_len);
   CHECK(plan.heads_per_chunk * plan.num_chunks == view.num_kv_heads);
@@ -106,7 +112,10 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
                              plan.partial_out, plan.workspace_bytes};
   for (int i = 0; i + 1 < 8; ++i) CHECK(offsets[i] % 16 == 0 && offsets[i] <= offsets[i + 1]);
   const int64_t rows = int64_t{p.num_tokens} * p.num_q_heads;
-  CHECK(plan.query_residual - plan.query_codes >= rows * view.head_dim * (int8 ? 1 : 2));
+  CHECK(plan.query_residual - plan.query_codes >=
+        rows * view.head_dim * (tq4::has_int8_query(plan.mode) ? 1 : 2));
+  CHECK(octets == 2 ||
+        plan.query_scale - plan.query_residual >= plan.query_residual - plan.query_codes);
   CHECK(plan.dense_rotation - plan.query_scale >= rows * 4);
   CHECK(plan.partial_stats - plan.unit_ctas >= int64_t{8} * p.num_seqs * plan.num_chunks);
   int seen = 0;
@@ -124,6 +133,7 @@ void check_plans() {
           for (int group : {1, 4}) {
             for (int queries : {1, 4, 16}) {
               check_plan(view, page_bytes, group, queries, true, 90, &random);
+              check_plan(view, page_bytes, group, queries, false, 90, &random);
             }
             check_plan(view, page_bytes, group, 1, false, 80, &random);
             check_plan(view, page_bytes, group, 1, true, 89, &random);

@@ -348,7 +348,7 @@ class TQ4Cache(Cache):
         layout: of the pages, "token_major" or "head_major".
         max_length: most tokens of a sequence, whose pages are allocated at once, at the first call; default:
             pages are added as needed.
-        int8: False computes scores in fp16 instead of INT8; more exact, slower.
+        int8: as in :func:`tq4.prefill` and :func:`tq4.decode`; False is more exact and slower.
         backend: as in :func:`tq4.prefill`; default: the one in force.
         bits: 4.
         offloading: False.
