@@ -271,8 +271,10 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const TileWork
     if (!waited) ptx::wait_for_predecessor();  // queries, rotation, tiles and counters are written
     waited = true;
     int next = 0;
+    // The last works go to whoever is done first, not to whose copies are under way first.
+    const bool claims_late = found && index >= num_work - 2 * static_cast<int>(gridDim.x);
     if (lane == 0) {
-      next = gridDim.x + atomicAdd(counter, 1);
+      if (!claims_late) next = gridDim.x + atomicAdd(counter, 1);
       if (found) {
         ptx::mbarrier_wait(smem + Config::work_empty(slot.stage), slot.parity);
         write_work(smem + Config::work(slot.stage), work);
@@ -281,6 +283,10 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const TileWork
         producer.copy_work(w, workspace + buffers.queries + image * Config::Query::kBytes,
                            p.out_rotation == nullptr ? nullptr : workspace + buffers.rotation,
                            first_tile, work.num_tiles);
+      }
+      if (claims_late) {
+        ptx::mbarrier_wait(smem + Config::query_empty(), producer.query.parity);
+        next = gridDim.x + atomicAdd(counter, 1);
       }
     }
     if (found) slot.advance<Config::kWorkSlots>();

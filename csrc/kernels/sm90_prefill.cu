@@ -50,17 +50,23 @@ void launch(const AttentionParams& p, Stream stream) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   plan.tiles.tiles = workspace + plan.tiles_offset;
   const auto images = static_cast<unsigned>(plan.num_images);
+  // No more CTAs than there may be tiles: those of the next kernel find room beside them.
+  const auto expand_grid = static_cast<unsigned>(
+      std::min<int64_t>(p.num_sms * kExpandCtas, plan.tiles.capacity));
   const auto expand = [&](int pass, bool overlapped) {
     launch_dependent_kernel(overlapped, expand_tiles_kernel<WgmmaImage<D>>,
-                            dim3(p.num_sms * kExpandCtas), dim3(kExpandThreads), 0, stream, p,
+                            dim3(expand_grid), dim3(kExpandThreads), 0, stream, p,
                             plan.tiles, pass);
   };
   // Each kernel starts when the one before leaves room, and waits for all before it at its end (or
   // before it reads what they wrote).
   expand(0, false);
-  const unsigned prepare_grid =
-      std::min(ceil_div(images * Prepare::kParts, static_cast<unsigned>(Prepare::kGroups)),
-               static_cast<unsigned>(Prepare::kCtas * p.num_sms));
+  // A second CTA an SM waits for the expansion to leave and pays for the matrix again: not where the
+  // first are done after two rounds.
+  const unsigned rounds = ceil_div(images * Prepare::kParts, static_cast<unsigned>(Prepare::kGroups));
+  const auto sms = static_cast<unsigned>(p.num_sms);
+  const unsigned prepare_grid = rounds <= 2 * sms ? std::min(rounds, sms)
+                                                  : std::min(rounds, Prepare::kCtas * sms);
   launch_dependent_kernel(
       true, prepare_queries_kernel<D>, dim3(prepare_grid + 1), dim3(Prepare::kThreads),
       Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries, static_cast<int>(images),
