@@ -47,7 +47,8 @@ namespace tq4 {
 
 // [1/6] Where this CTA's share begins, by the producer warp while the consumers write their tables:
 // a scan over the sequences' costs, neighbouring sequences by one lane.
-__device__ __forceinline__ void find_share(const DecodeBatch& batch, DecodeShared& shared) {
+__device__ __forceinline__ void find_share(const DecodeBatch& batch, const DecodeShares& shares,
+                                           DecodeShared& shared) {
   const int lane = threadIdx.x % kWarpSize;
   const int each = ceil_div(batch.num_seqs, kWarpSize);
   const int first = min(lane * each, batch.num_seqs), last = min(first + each, batch.num_seqs);
@@ -63,7 +64,7 @@ __device__ __forceinline__ void find_share(const DecodeBatch& batch, DecodeShare
   }
   const int64_t positions =
       static_cast<int64_t>(__shfl_sync(kFullWarp, sum, kWarpSize - 1)) * batch.num_chunks;
-  const int64_t begin = share_begin(positions, blockIdx.x, gridDim.x);
+  const int64_t begin = share_begin(positions, blockIdx.x, shares);
   int start = batch.num_seqs, prefix = 0;  // a CTA without a share starts past the last sequence
   bool writes = lane == 0;
   if (begin < positions) {
@@ -81,7 +82,7 @@ __device__ __forceinline__ void find_share(const DecodeBatch& batch, DecodeShare
       ++start;
     }
     shared.walker =
-        SegmentWalker::make(batch, positions, blockIdx.x, gridDim.x, start, prefix);
+        SegmentWalker::make(batch, positions, blockIdx.x, shares, start, prefix);
     shared.batch = batch;
   }
 }
@@ -428,7 +429,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int piece = lane; Config::kBulk && piece < plan.copy.num_pieces(); piece += kWarpSize) {
       shared.pieces[piece] = plan.copy.piece(piece);
     }
-    find_share(decode_batch(p, plan), shared);
+    find_share(decode_batch(p, plan), plan.shares, shared);
   }
   __syncthreads();  // tables, barriers and the share are there
 

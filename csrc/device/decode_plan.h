@@ -104,6 +104,7 @@ struct DecodePlan {
   Divider block_divider;  // by tiles_per_block
   int32_t segment_cost;
   int32_t grid;
+  DecodeShares shares;
   // For the combine kernel: by max_query_len * num_q_heads, num_q_heads, group, heads_per_chunk.
   Divider seq_divider, query_divider, group_divider, chunk_divider;
   int32_t shared_offset, merge_offset, stage_offset, smem_bytes;  // shared memory
@@ -450,6 +451,10 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.norm_step = plan.token_map.step() * plan.copy.stage.norm_token_stride;
   // A unit costs a CTA about what 96 KB of keys do, beside its tiles.
   plan.segment_cost = 1 + 98304 / plan.copy.stage_bytes;
+  // So does waiting for a CTA of the prepare kernel to leave; the last CTAs do.
+  const bool waits = plan.bulk && plan.grid == p.num_sms && prepare_ctas < plan.grid;
+  const int late_ctas = waits ? static_cast<int>(prepare_ctas) : 0;
+  plan.shares = {plan.grid, plan.grid - late_ctas, plan.segment_cost};
 
   const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
   require(rows_per_seq * p.num_seqs <= INT32_MAX,

@@ -69,16 +69,28 @@ struct DecodeBatch {
   }
 };
 
-// With fewer positions than CTAs the first `total` CTAs take one each: a CTA without a position
-// between two that share a unit would be a hole in the unit's partial results.
-TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, int grid) {
+// How the line is shared out.  CTAs from `first_late` on find their SM occupied at first, and have
+// lost the time of `late_cost` positions when they start.
+struct DecodeShares {
+  int32_t grid;
+  int32_t first_late, late_cost;
+};
+
+// First position of a CTA.  With fewer positions than CTAs the first `total` CTAs take one each: a
+// CTA without a position between two that share a unit would be a hole in the unit's partial
+// results.
+TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, const DecodeShares& shares) {
+  const int grid = shares.grid;
   if (total < grid) return cta < total ? cta : total;
-  if (total > INT32_MAX) return total * cta / grid;
-  // total = a grid + b: the same quotient by 32-bit divisions.
-  const uint32_t a = static_cast<uint32_t>(total) / static_cast<uint32_t>(grid);
-  const uint32_t b = static_cast<uint32_t>(total) - a * static_cast<uint32_t>(grid);
-  return static_cast<int64_t>(a) * cta +
-         b * static_cast<uint32_t>(cta) / static_cast<uint32_t>(grid);
+  const int64_t most = divide(total, grid) - 1;  // leaves a late CTA one position
+  const int64_t late = most < shares.late_cost ? most : shares.late_cost;
+  const int late_before = cta > shares.first_late ? cta - shares.first_late : 0;
+  total += late * (grid - shares.first_late);
+  const int64_t even = total <= INT32_MAX
+                           // total = a grid + b: the same quotient by 32-bit divisions.
+                           ? divide(total, grid) * cta + divide(total % grid * cta, grid)
+                           : total * cta / grid;
+  return even - late * late_before;
 }
 
 // The tiles [tile_begin, tile_end) of one unit that one CTA computes.
@@ -98,13 +110,14 @@ struct SegmentWalker {
   // `start_seq` is the sequence whose positions hold the first of the share, `start_prefix` the sum
   // of unit_cost over the sequences before it.
   TQ4_HOST_DEVICE static SegmentWalker make(const DecodeBatch& batch, int64_t total, int cta,
-                                            int grid, int start_seq, int start_prefix) {
-    const int64_t begin = share_begin(total, cta, grid);
+                                            const DecodeShares& shares, int start_seq,
+                                            int start_prefix) {
+    const int64_t begin = share_begin(total, cta, shares);
     int64_t position = static_cast<int64_t>(start_prefix) * batch.num_chunks - begin;
     // Whole units before the share are stepped over here: next() would see them as positions far
     // below zero.
     SegmentWalker walker;
-    walker.end = static_cast<int32_t>(share_begin(total, cta + 1, grid) - begin);
+    walker.end = static_cast<int32_t>(share_begin(total, cta + 1, shares) - begin);
     walker.seq = start_seq;
     walker.chunk = 0;
     if (start_seq < batch.num_seqs) {

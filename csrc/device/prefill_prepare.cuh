@@ -5,7 +5,7 @@
 //
 //   q (registers) x R^T (shared memory, fp16: high parts, low parts) --wgmma--> q_rot --> s_q, q8
 //
-// A fixed grid; a CTA takes images in turn, in parts of 64 rows for each of its two warpgroups. The
+// A fixed grid; a CTA takes images in turn, in parts of 64 rows for each of its warpgroups.  The
 // rows of the next part travel while this one is quantised and written.  The low parts are all
 // zero, and skipped, for Hadamard matrices.
 //
@@ -32,7 +32,7 @@ namespace tq4::sm90 {
 template <int D_>
 struct PrepareConfig {
   static constexpr int D = D_;
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = D <= 128 ? 512 : 256;     // one CTA an SM: it makes R once
   static constexpr int kGroups = kThreads / 128;            // warpgroups
   static constexpr int kParts = QueryImage<D>::kRows / 64;  // of an image, a warpgroup each
   static constexpr int kBlocks = D / 32;                    // of dims
@@ -43,7 +43,6 @@ struct PrepareConfig {
   static constexpr bool kHoldsLow = D <= 128;  // both parts of D = 256 do not fit
   static constexpr int kAlign = 1024;
   static constexpr int kSmemBytes = kAlign + (kHoldsLow ? 2 : 1) * Matrix::kBytes;
-  static constexpr int kCtas = D <= 128 ? 2 : 1;  // an SM
 
   // Dim of the rotated q in column `column` of the product.
   TQ4_HOST_DEVICE static constexpr int column_dim(int column) {
@@ -73,32 +72,38 @@ __device__ __forceinline__ void write_rotation_image(const float* rotation, uint
   }
 }
 
-// Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether this
-// thread's entries have a low part.  To be followed by a fence and a barrier.
+// Some of this thread's chunks of R, all in flight together.
 template <typename Config>
-__device__ __forceinline__ bool load_rotation(const float* rotation, float unit, uint32_t high,
-                                              uint32_t low) {
-  constexpr int D = Config::D, kChunks = D / 8, kTotal = D * kChunks;
-  constexpr int kBatch = 4;
-  static_assert(kTotal % Config::kThreads == 0 || D == 96, "whole rounds");
-  bool has_low = false;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < kTotal; first += kBatch * Config::kThreads) {
-    float2 v[kBatch][4];
+struct MatrixBatch {
+  static constexpr int D = Config::D, kChunks = D / 8, kTotal = D * kChunks;
+  static constexpr int kBatch = 4;
+  static constexpr int kStep = kBatch * Config::kThreads;
+  float2 v[kBatch][4];
+
+  // The last chunk may be made twice, of the same bytes.
+  __device__ __forceinline__ static int index(int first, int i) {
+    return min(first + i * Config::kThreads, kTotal - 1);
+  }
+
+  __device__ __forceinline__ void load(const float* rotation, int first) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // all in flight together
-      const int index = min(first + i * Config::kThreads, kTotal - 1);
-      const int column = index / kChunks, chunk = index % kChunks;
+    for (int i = 0; i < kBatch; ++i) {
+      const int column = index(first, i) / kChunks, chunk = index(first, i) % kChunks;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         v[i][pair] = __ldg(reinterpret_cast<const float2*>(
             rotation + Config::column_dim(column) * D + Config::k_dim(chunk, pair)));
       }
     }
+  }
+
+  // Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether there is
+  // a low part.
+  __device__ __forceinline__ bool store(int first, float unit, uint32_t high, uint32_t low) const {
+    bool has_low = false;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // the last chunk may be written twice, with the same bytes
-      const int index = min(first + i * Config::kThreads, kTotal - 1);
-      const int at = Config::Matrix::offset(index / kChunks, index % kChunks);
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = Config::Matrix::offset(index(first, i) / kChunks, index(first, i) % kChunks);
       uint32_t h[4], l[4];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
@@ -111,6 +116,22 @@ __device__ __forceinline__ bool load_rotation(const float* rotation, float unit,
       if (high != 0) ptx::st_shared_v4(high + at, h[0], h[1], h[2], h[3]);
       if (low != 0) ptx::st_shared_v4(low + at, l[0], l[1], l[2], l[3]);
     }
+    return has_low;
+  }
+};
+
+// All of R.  Returns whether this thread's entries have a low part.  To be followed by a fence and a
+// barrier.
+template <typename Config>
+__device__ __forceinline__ bool load_rotation(const float* rotation, float unit, uint32_t high,
+                                              uint32_t low) {
+  using Batch = MatrixBatch<Config>;
+  bool has_low = false;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < Batch::kTotal; first += Batch::kStep) {
+    Batch batch;
+    batch.load(rotation, first);
+    has_low |= batch.store(first, unit, high, low);
   }
   return has_low;
 }
@@ -234,7 +255,7 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
 
 // Image (slot, KV head) at images + (slot * Hkv + head) * QueryImage::kBytes.
 template <int D>
-__global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::kCtas)
+__global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     prepare_queries_kernel(const __grid_constant__ AttentionParams p, uint8_t* images,
                            int num_images, uint8_t* rotation_image, int32_t* counters,
                            int num_counters) {
@@ -255,12 +276,23 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, PrepareConfig<D>::
 
   RawRows<D> raw;
   int first = blockIdx.x * Config::kGroups;
-  bool exists = load_rows<Config>(p, first + own, num_parts, raw);
+  // The matrix travels while the rows are looked up, where it is one batch.
+  constexpr bool kEarly = MatrixBatch<Config>::kTotal <= MatrixBatch<Config>::kStep;
+  MatrixBatch<Config> matrix;
   float unit = 1.f;
-  bool any_low = false;
   if (p.q_rotation != nullptr) {
     unit = rotation_unit(p.q_rotation);
-    const bool has_low = load_rotation<Config>(p.q_rotation, unit, high, low);
+    if constexpr (kEarly) matrix.load(p.q_rotation, threadIdx.x);
+  }
+  bool exists = load_rows<Config>(p, first + own, num_parts, raw);
+  bool any_low = false;
+  if (p.q_rotation != nullptr) {
+    bool has_low;
+    if constexpr (kEarly) {
+      has_low = matrix.store(threadIdx.x, unit, high, low);
+    } else {
+      has_low = load_rotation<Config>(p.q_rotation, unit, high, low);
+    }
     ptx::fence_shared_async();            // the matrix is read by the tensor cores
     any_low = __syncthreads_or(has_low);  // the matrix is complete
   }

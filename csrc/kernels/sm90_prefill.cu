@@ -61,12 +61,9 @@ void launch(const AttentionParams& p, Stream stream) {
   // Each kernel starts when the one before leaves room, and waits for all before it at its end (or
   // before it reads what they wrote).
   expand(0, false);
-  // A second CTA an SM waits for the expansion to leave and pays for the matrix again: not where the
-  // first are done after two rounds.
-  const unsigned rounds = ceil_div(images * Prepare::kParts, static_cast<unsigned>(Prepare::kGroups));
-  const auto sms = static_cast<unsigned>(p.num_sms);
-  const unsigned prepare_grid = rounds <= 2 * sms ? std::min(rounds, sms)
-                                                  : std::min(rounds, Prepare::kCtas * sms);
+  const unsigned prepare_grid =
+      std::min(ceil_div(images * Prepare::kParts, static_cast<unsigned>(Prepare::kGroups)),
+               static_cast<unsigned>(p.num_sms));
   launch_dependent_kernel(
       true, prepare_queries_kernel<D>, dim3(prepare_grid + 1), dim3(Prepare::kThreads),
       Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries, static_cast<int>(images),

@@ -157,7 +157,8 @@ struct Batch {
   tq4::DecodeBatch view;
 };
 
-void check_schedule(Batch* owner, int grid) {
+void check_schedule(Batch* owner, const tq4::DecodeShares& shares) {
+  const int grid = shares.grid;
   tq4::DecodeBatch& batch = owner->view;
   const int num_seqs = batch.num_seqs;
   std::vector<int32_t> prefix(num_seqs + 1, 0);
@@ -170,11 +171,11 @@ void check_schedule(Batch* owner, int grid) {
   std::map<std::pair<int, int>, tq4::CtaRange> ranges;  // as the segments at a unit's ends say
   std::set<int> partials;
   for (int cta = 0; cta < grid && total > 0; ++cta) {
-    const int64_t begin = tq4::share_begin(total, cta, grid);
-    CHECK(begin <= tq4::share_begin(total, cta + 1, grid));
+    const int64_t begin = tq4::share_begin(total, cta, shares);
+    CHECK(begin <= tq4::share_begin(total, cta + 1, shares));
     int start = 0;
     while (start + 1 < num_seqs && int64_t{prefix[start + 1]} * batch.num_chunks <= begin) ++start;
-    auto walker = tq4::SegmentWalker::make(batch, total, cta, grid, start, prefix[start]);
+    auto walker = tq4::SegmentWalker::make(batch, total, cta, shares, start, prefix[start]);
     tq4::DecodeSegment segment;
     while (walker.next(batch, segment)) {
       CHECK(segment.num_keys == batch.seq_lens[segment.seq]);
@@ -235,7 +236,9 @@ void check_schedules() {
     batch.segment_cost = random.range(1, 4);
     batch.window_left = random.range(0, 2) == 0 ? random.range(0, 300) : -1;
     batch.window_right = random.range(0, 2) == 0 ? 0 : -1;
-    for (int grid : {1, 3, 16, 132}) check_schedule(&owner, grid);
+    for (int grid : {1, 3, 16, 132}) {
+      check_schedule(&owner, {grid, random.range(0, grid), random.range(0, 9)});
+    }
   }
 }
 
