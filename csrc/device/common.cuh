@@ -26,6 +26,12 @@ TQ4_HOST_DEVICE constexpr T round_up(T a, T multiple) {
   return ceil_div(a, multiple) * multiple;
 }
 
+// n / d for n >= 0, d > 0: a 64-bit division takes five times as long, and is hardly ever needed.
+TQ4_HOST_DEVICE int64_t divide(int64_t n, int64_t d) {
+  if ((n | d) >> 32 == 0) return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
+  return n / d;
+}
+
 // Shift that brings dimension i (0..7, little-endian word of 4 code bytes) to bit 0: the EVEN
 // dimension of a byte is its HIGH nibble.
 TQ4_HOST_DEVICE constexpr int nibble_shift(int i) { return (i / 2) * 8 + (i % 2 == 0 ? 4 : 0); }

@@ -22,12 +22,6 @@ namespace tq4 {
 
 constexpr int kTileTokens = 16;
 
-// n / d for n >= 0, d > 0: a 64-bit division takes five times as long, and is hardly ever needed.
-TQ4_HOST_DEVICE int64_t divide(int64_t n, int64_t d) {
-  if ((n | d) >> 32 == 0) return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
-  return n / d;
-}
-
 struct TileRange {
   int begin, end;
 };
@@ -88,7 +82,7 @@ TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, const DecodeShares& 
   total += late * (grid - shares.first_late);
   const int64_t even = total <= INT32_MAX
                            // total = a grid + b: the same quotient by 32-bit divisions.
-                           ? divide(total, grid) * cta + divide(total % grid * cta, grid)
+                           ? divide(total, grid) * cta + divide((total - divide(total, grid) * grid) * cta, grid)
                            : total * cta / grid;
   return even - late * late_before;
 }

@@ -33,24 +33,42 @@ struct PrefillTile {
   int first_row;  // first packed row of the tile, counted from the sequence's own row 0
 };
 
-TQ4_HOST_DEVICE PrefillTile find_prefill_tile(const int32_t* query_start_loc, int num_seqs,
-                                              int group, int rows, int short_query_len,
-                                              int64_t slot) {
+// First slot of a sequence.
+TQ4_HOST_DEVICE int64_t first_slot(int query_begin, int seq, int group, int rows) {
+  return divide(static_cast<int64_t>(query_begin) * group, rows) + seq;
+}
+
+// The largest sequence with first_slot <= slot.
+TQ4_HOST_DEVICE int find_slot_sequence(const int32_t* query_start_loc, int num_seqs, int group,
+                                       int rows, int64_t slot) {
   int lo = 0, hi = num_seqs - 1;
-  while (lo < hi) {  // largest s with first(s) <= slot
+  while (lo < hi) {
     const int mid = (lo + hi + 1) / 2;
-    if (static_cast<int64_t>(query_start_loc[mid]) * group / rows + mid <= slot) {
+    if (first_slot(query_start_loc[mid], mid, group, rows) <= slot) {
       lo = mid;
     } else {
       hi = mid - 1;
     }
   }
-  const int begin = query_start_loc[lo];
-  const int len = prefill_queries(query_start_loc, lo, short_query_len);
-  const int64_t tile = slot - (static_cast<int64_t>(begin) * group / rows + lo);
-  const int64_t row = tile * rows;
+  return lo;
+}
+
+// What there is to do in a slot of that sequence.
+TQ4_HOST_DEVICE PrefillTile slot_tile(const int32_t* query_start_loc, int seq, int group, int rows,
+                                      int short_query_len, int64_t slot) {
+  const int begin = query_start_loc[seq];
+  const int len = prefill_queries(query_start_loc, seq, short_query_len);
+  const int64_t row = (slot - first_slot(begin, seq, group, rows)) * rows;
   if (row >= static_cast<int64_t>(len) * group) return {-1, 0, 0, 0};
-  return {lo, begin, len, static_cast<int>(row)};
+  return {seq, begin, len, static_cast<int>(row)};
+}
+
+TQ4_HOST_DEVICE PrefillTile find_prefill_tile(const int32_t* query_start_loc, int num_seqs,
+                                              int group, int rows, int short_query_len,
+                                              int64_t slot) {
+  return slot_tile(query_start_loc,
+                   find_slot_sequence(query_start_loc, num_seqs, group, rows, slot), group, rows,
+                   short_query_len, slot);
 }
 
 // Keys [begin, end) that at least one of the query positions [first_pos, last_pos] may see.

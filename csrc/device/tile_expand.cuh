@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
   ptx::allow_dependent_launch();
   // An attention kernel of the pass before may still read the workspace.
   if (pass > 0) ptx::wait_for_predecessor();
-  if (threadIdx.x < kWarpSize) {
+  if (threadIdx.x >= kExpandThreads - kWarpSize) {  // a warp that hardly ever scans a sequence
     write_codebook_tables(&tables, p.k_codes, p.k_centroids, p.v_centroids);
   }
   const PageView& view = p.cache;

@@ -56,7 +56,8 @@ struct UnitPlace {
 TQ4_HOST_DEVICE UnitPlace unit_place(const TileWorkspace& w, int64_t tiles_before, int tiles,
                                      int num_kv_heads, int kv_head) {
   const int64_t start = tiles_before * num_kv_heads + static_cast<int64_t>(kv_head) * tiles;
-  int64_t pass = start / w.pass_tiles;
+  if (w.num_passes == 1) return {0, start};
+  int64_t pass = divide(start, w.pass_tiles);
   if (pass >= w.num_passes) pass = w.num_passes - 1;  // a unit without tiles, at the very end
   return {static_cast<int>(pass), start - pass * w.pass_tiles};
 }
