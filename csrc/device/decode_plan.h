@@ -454,7 +454,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   // So does waiting for a CTA of the prepare kernel to leave; the last CTAs do.
   const bool waits = plan.bulk && plan.grid == p.num_sms && prepare_ctas < plan.grid;
   const int late_ctas = waits ? static_cast<int>(prepare_ctas) : 0;
-  plan.shares = {plan.grid, plan.grid - late_ctas, plan.segment_cost};
+  plan.shares = {Divider::make(plan.grid), plan.grid - late_ctas, plan.segment_cost};
 
   const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
   require(rows_per_seq * p.num_seqs <= INT32_MAX,

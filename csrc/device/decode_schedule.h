@@ -66,7 +66,7 @@ struct DecodeBatch {
 // How the line is shared out.  CTAs from `first_late` on find their SM occupied at first, and have
 // lost the time of `late_cost` positions when they start.
 struct DecodeShares {
-  int32_t grid;
+  Divider grid;  // by the number of CTAs
   int32_t first_late, late_cost;
 };
 
@@ -74,17 +74,17 @@ struct DecodeShares {
 // CTA without a position between two that share a unit would be a hole in the unit's partial
 // results.
 TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, const DecodeShares& shares) {
-  const int grid = shares.grid;
+  const int grid = static_cast<int>(shares.grid.divisor);
   if (total < grid) return cta < total ? cta : total;
-  const int64_t most = divide(total, grid) - 1;  // leaves a late CTA one position
-  const int64_t late = most < shares.late_cost ? most : shares.late_cost;
+  if (total > INT32_MAX / 2) return total * cta / grid;  // late or not makes no difference
+  const int most =
+      static_cast<int>(shares.grid.quotient(static_cast<uint32_t>(total))) - 1;  // leaves one
+  const int late = most < shares.late_cost ? most : shares.late_cost;
   const int late_before = cta > shares.first_late ? cta - shares.first_late : 0;
-  total += late * (grid - shares.first_late);
-  const int64_t even = total <= INT32_MAX
-                           // total = a grid + b: the same quotient by 32-bit divisions.
-                           ? divide(total, grid) * cta + divide((total - divide(total, grid) * grid) * cta, grid)
-                           : total * cta / grid;
-  return even - late * late_before;
+  // all = a grid + b: all * cta / grid without 64 bits.
+  const uint32_t all = static_cast<uint32_t>(total) + late * (grid - shares.first_late);
+  const uint32_t a = shares.grid.quotient(all), b = all - a * grid;
+  return static_cast<int64_t>(a) * cta + shares.grid.quotient(b * cta) - late * late_before;
 }
 
 // The tiles [tile_begin, tile_end) of one unit that one CTA computes.

@@ -74,16 +74,10 @@ constexpr float kLargestWeight = 16384.f;
 constexpr float kSmallestNorm = 0x1p-80f;
 constexpr float kDenominatorScale = 0x1p-76f;
 
-// An int32 accumulator that starts at the bits of 1.5 * 2^23 reads as the float 12582912 + score:
-// no conversion.  |score| <= 127 * 127 * 256 < 2^22 keeps it exact.
-constexpr int32_t kScoreBias = 0x4b400000;
-constexpr float kScoreBiasFloat = 12582912.f;
-// Units of the residuals of q and of keys.  Every accumulator brings the bias, in its own unit;
-// their sum is an integer below 2^24, so taking it off is exact.
+// Units of the residuals of q and of keys.  Sums of products stay below 2^24 (127 * 127 * 256), so
+// they are exact as floats.
 constexpr float kQueryRest = 1.f / 256.f;
 constexpr float kKeyRest = 1.f / kKeyRestUnits;
-constexpr float kSplitBias = kScoreBiasFloat * ((1.f + kQueryRest) * (1.f + kKeyRest));
-static_assert(kSplitBias == 12730752.f, "an integer");
 
 template <typename Config>
 using KeyCodes = std::conditional_t<Config::kSplitKeys, SplitKeyCodes, PlainKeyCodes>;
@@ -247,17 +241,16 @@ __device__ __forceinline__ void compute_scores(
       load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
     }
     if constexpr (Config::kSplitKeys) {
-      int32_t acc[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
-      int32_t rest[4] = {kScoreBias, kScoreBias, kScoreBias, kScoreBias};
+      int32_t acc[4] = {}, rest[4] = {};
 #pragma unroll
       for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc, rest);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         // (q8 + r8 / 256) . (code + rest / 128)
-        const float codes =
-            fmaf(__int_as_float(acc[2 + b]), kQueryRest, __int_as_float(acc[b]) - kSplitBias);
-        s[0][2 * j + b] = fmaf(__int_as_float(rest[2 + b]), kQueryRest * kKeyRest,
-                               fmaf(__int_as_float(rest[b]), kKeyRest, codes));
+        const auto rounded = [](int32_t sum) { return static_cast<float>(sum); };
+        const float codes = fmaf(rounded(acc[2 + b]), kQueryRest, rounded(acc[b]));
+        s[0][2 * j + b] =
+            fmaf(rounded(rest[2 + b]), kQueryRest * kKeyRest, fmaf(rounded(rest[b]), kKeyRest, codes));
       }
     } else if constexpr (Config::kInt8) {
       int32_t acc[4] = {};
@@ -265,15 +258,12 @@ __device__ __forceinline__ void compute_scores(
       for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        // The bias is added afterwards: four constants as the first summand would take registers.
-        const float first = __int_as_float(acc[b] + kScoreBias);
-        const float second = __int_as_float(acc[2 + b] + kScoreBias);
+        const auto first = static_cast<float>(acc[b]), second = static_cast<float>(acc[2 + b]);
         if constexpr (Config::kResidual) {
-          // (bias + x) - bias (1 + 1/256) + (bias + r) / 256, exact up to the last rounding.
-          s[0][2 * j + b] = fmaf(second, 1.f / 256.f, first - kScoreBiasFloat * (257.f / 256.f));
+          s[0][2 * j + b] = fmaf(second, kQueryRest, first);
         } else {
-          s[0][2 * j + b] = first - kScoreBiasFloat;
-          s[1][2 * j + b] = second - kScoreBiasFloat;
+          s[0][2 * j + b] = first;
+          s[1][2 * j + b] = second;
         }
       }
     } else {

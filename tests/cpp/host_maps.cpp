@@ -178,12 +178,13 @@ std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_
     prefix.push_back(prefix.back() + batch.unit_cost(batch.tiles(seq)));
   }
   const int64_t total = static_cast<int64_t>(prefix.back()) * num_chunks;
+  const tq4::DecodeShares shares{tq4::Divider::make(grid), grid, 0};
   std::vector<std::array<int, 5>> segments;
   for (int cta = 0; cta < grid && total > 0; ++cta) {
-    const int64_t begin = tq4::share_begin(total, cta, {grid, grid, 0});
+    const int64_t begin = tq4::share_begin(total, cta, shares);
     int seq = 0;
     while (seq + 1 < batch.num_seqs && int64_t{prefix[seq + 1]} * num_chunks <= begin) ++seq;
-    auto walker = tq4::SegmentWalker::make(batch, total, cta, {grid, grid, 0}, seq, prefix[seq]);
+    auto walker = tq4::SegmentWalker::make(batch, total, cta, shares, seq, prefix[seq]);
     tq4::DecodeSegment segment;
     while (walker.next(batch, segment)) {
       segments.push_back({cta, segment.seq, segment.chunk, segment.tile_begin, segment.tile_end});

@@ -158,7 +158,7 @@ struct Batch {
 };
 
 void check_schedule(Batch* owner, const tq4::DecodeShares& shares) {
-  const int grid = shares.grid;
+  const int grid = static_cast<int>(shares.grid.divisor);
   tq4::DecodeBatch& batch = owner->view;
   const int num_seqs = batch.num_seqs;
   std::vector<int32_t> prefix(num_seqs + 1, 0);
@@ -237,7 +237,7 @@ void check_schedules() {
     batch.window_left = random.range(0, 2) == 0 ? random.range(0, 300) : -1;
     batch.window_right = random.range(0, 2) == 0 ? 0 : -1;
     for (int grid : {1, 3, 16, 132}) {
-      check_schedule(&owner, {grid, random.range(0, grid), random.range(0, 9)});
+      check_schedule(&owner, {tq4::Divider::make(grid), random.range(0, grid), random.range(0, 9)});
     }
   }
 }
