@@ -110,25 +110,21 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   // CTAs first: a few tiles spread over all SMs, and the last round's over all SMs too.
   int tile_idx = warp * num_ctas + cta;
 
-  // [1/6] Start the loads of what the tables need: behind the first tiles of all SMs they would take
-  // 4 us (H200).
-  const int own = min(static_cast<int>(threadIdx.x), kNumBoundaries - 1);
-  const float boundary = side.boundaries[own], first_boundary = side.boundaries[0];
-  const float last_boundary = side.boundaries[kNumBoundaries - 1];
-  const float centroid = side.centroids[lane % kNumCentroids];
-  RotationScanBatch<C::kHeadDim> entries;
-  if (side.rotation != nullptr) entries.start(side.rotation);
-  // Then the first tile's, which fly while the tables are made.
+  // [1/6] Start the first tile's loads: they fly while the tables are made.
   // Warps without a tile load nothing: all of them at the last row's address is 30 us (H200).
   RowTarget target{-1, 0, false};
   if (tile_idx < num_tiles) load_tile<C>(s_tile, target, p, side, tile_idx);
 
-  // [2/6] Tables.
+  // [2/6] Tables.  Their loads are started together and used after the scan of R, which waits
+  // anyway.
+  const int own = min(static_cast<int>(threadIdx.x), kNumBoundaries - 1);
+  const float boundary = side.boundaries[own], first_boundary = side.boundaries[0];
+  const float last_boundary = side.boundaries[kNumBoundaries - 1];
+  const float centroid = side.centroids[lane % kNumCentroids];
   RotationKind kind = RotationKind::kNone;
   float gain = 1.f, rotation_scale = 1.f;
   if (side.rotation != nullptr) {
-    const RotationScan scan =
-        scan_rotation<C::kHeadDim>(side.rotation, entries, &s_tables.scratch);
+    const RotationScan scan = scan_rotation<C::kHeadDim>(side.rotation, &s_tables.scratch);
     kind = warp_uniform(scan.hadamard) ? RotationKind::kHadamard : RotationKind::kGeneral;
     rotation_scale = scale_of_rotation(scan.largest);
     gain = scan.hadamard ? scan.largest / kGroupUnit : 1.f / rotation_scale;

@@ -229,10 +229,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   float r_scale = 1.f, c_scale = 1.f;
   bool use_low = false;
   if (rotated) {
-    RotationScanBatch<C::kHeadDim> entries;
-    entries.start(side.rotation);
-    r_scale = scale_of_rotation(
-        scan_rotation<C::kHeadDim>(side.rotation, entries, &s_scratch).largest);
+    r_scale = scale_of_rotation(scan_rotation<C::kHeadDim>(side.rotation, &s_scratch).largest);
     float largest = fabsf(centroid);
 #pragma unroll
     for (int i = 1; i < kNumCentroids; i *= 2) {

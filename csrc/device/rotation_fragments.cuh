@@ -36,66 +36,46 @@ __device__ __forceinline__ uint32_t magnitude_difference(const uint4& v, uint32_
   return ((v.x ^ corner) | (v.y ^ corner) | (v.z ^ corner) | (v.w ^ corner)) & kMagnitudeBits;
 }
 
-// A thread's share of R's entries, in batches that are in flight together.
-template <int D>
-struct RotationScanBatch {
-  static constexpr int kQuads = D / 4;  // float4 in a row
-  static constexpr int kTotal = D * kQuads;
-  static constexpr int kBatch = 8;
-  uint4 quads[kBatch];
-  uint4 top;        // row 0, at the thread's columns, which are the same in all its batches
-  uint32_t corner;  // |entry| [0][0]
-
-  // The end of the matrix: the same entries again.
-  __device__ __forceinline__ static int index(int first, int k) {
-    const int q = first + k * static_cast<int>(blockDim.x);
-    return q < kTotal ? q : first;
-  }
-
-  __device__ __forceinline__ void start(const float* __restrict__ rotation) {
-    corner = reinterpret_cast<const uint4*>(rotation)[0].x & kMagnitudeBits;
-    top = reinterpret_cast<const uint4*>(rotation)[threadIdx.x % kQuads];
-    load(rotation, threadIdx.x);
-  }
-
-  __device__ __forceinline__ void load(const float* __restrict__ rotation, int first) {
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      quads[k] = reinterpret_cast<const uint4*>(rotation)[index(first, k)];
-    }
-  }
-};
-
-// Reads all of R with the whole CTA, whose size is a multiple of D / 4 threads; `batch` has been
-// started.  `scratch` is one shared word.  Contains barriers.
+// Reads all of R with the whole CTA, whose size is a multiple of D / 4 threads.  `scratch` is one
+// shared word.  Contains barriers.
 //
 // A Hadamard rotation is told by its entries, all of them: nothing but the matrix reaches the
 // kernel, and a wrong guess would be a silently wrong result.  64 KB from L2 take about 1 us, once
-// a CTA.
+// a CTA, behind the first tile's loads.
 template <int D>
 __device__ __forceinline__ RotationScan scan_rotation(const float* __restrict__ rotation,
-                                                      RotationScanBatch<D>& batch,
                                                       uint32_t* scratch) {
-  using Batch = RotationScanBatch<D>;
+  constexpr int kQuads = D / 4;  // float4 in a row
   constexpr bool kPowerOfTwo = (D & (D - 1)) == 0;
-  const int thread = threadIdx.x, step = Batch::kBatch * static_cast<int>(blockDim.x);
-  const int column = thread % Batch::kQuads;
+  constexpr int kTotal = D * kQuads;
+  constexpr int kBatch = 8;  // loads in flight a thread: the latency is paid once for each batch
+  const uint4* quads = reinterpret_cast<const uint4*>(rotation);
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const int column = thread % kQuads;  // the same for all of a thread's loads
+  const uint32_t corner = quads[0].x & kMagnitudeBits;
+  const uint4 top = quads[column];
   uint32_t largest = 0, difference = 0;
 #pragma unroll 1
-  for (int first = thread; first < Batch::kTotal; first += step) {
-    if (first != thread) batch.load(rotation, first);
+  for (int first = thread; first < kTotal; first += kBatch * threads) {
+    uint4 batch[kBatch];
 #pragma unroll
-    for (int k = 0; k < Batch::kBatch; ++k) {
-      const uint4 v = batch.quads[k];
+    for (int k = 0; k < kBatch; ++k) {
+      const int q = first + k * threads;
+      batch[k] = quads[q < kTotal ? q : first];  // the end of the matrix: the same entries again
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const uint4 v = batch[k];
       largest =
           max(max(largest, v.x & kMagnitudeBits), max(v.y & kMagnitudeBits, v.z & kMagnitudeBits));
       largest = max(largest, v.w & kMagnitudeBits);
       if constexpr (kPowerOfTwo) {
-        difference |= hadamard_difference(v, batch.top, Batch::index(first, k) / Batch::kQuads, column);
+        const int q = first + k * threads;
+        difference |= hadamard_difference(v, top, (q < kTotal ? q : first) / kQuads, column);
       }
     }
   }
-  difference |= magnitude_difference(batch.top, batch.corner);
+  difference |= magnitude_difference(top, corner);
   if (threadIdx.x == 0) *scratch = 0;
   __syncthreads();  // orders the zero before the maxima below
   largest = __reduce_max_sync(kFullWarp, largest);
