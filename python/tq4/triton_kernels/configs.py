@@ -84,6 +84,9 @@ PREFILL: dict[str, dict[int, PrefillConfig]] = {
 }
 
 #: [architecture][head_dim] for up to 16 query rows; more rows change block_m and num_warps.
+#:
+#: sm_90: four programs of two warps an SM rather than three of four: 0.48 ms at 64 x 8K instead of 0.52
+#: (docs/tuning.md).
 DECODE: dict[str, dict[int, DecodeConfig]] = {
     "sm_80": {
         64: DecodeConfig(16, 64, 4, 3, 4, 64),
@@ -97,7 +100,7 @@ DECODE: dict[str, dict[int, DecodeConfig]] = {
     },
     "sm_90": {
         64: DecodeConfig(16, 64, 4, 3, 4, 64),
-        128: DecodeConfig(16, 64, 4, 3, 4, 64, maxnreg=168),
+        128: DecodeConfig(16, 64, 2, 4, 4, 64, maxnreg=255),
         256: DecodeConfig(16, 32, 4, 2, 4, 32),
     },
     "sm_100": {
@@ -156,7 +159,7 @@ def decode_config(capability: tuple[int, int], head_dim: int, max_rows: int) -> 
     block_m = _power_of_two(max_rows)
     if block_m == config.block_m:
         return config
-    warps = 8 if block_m == MAX_DECODE_ROWS else config.num_warps
+    warps = 8 if block_m == MAX_DECODE_ROWS else 4
     programs = 1 if block_m == MAX_DECODE_ROWS else min(config.programs_per_sm, 2)
     return DecodeConfig(block_m, config.block_n, warps, programs, config.min_units, config.chunk)
 
