@@ -52,8 +52,8 @@ struct PageView {
 
 // rotate, quantise, pack new tokens and scatter them into pages.
 struct StoreParams {
-  const void* key;    // [T, Hkv, D] dtype, last dim contiguous
-  const void* value;  // [T, Hkv, D] dtype
+  const void* key;                                // [T, Hkv, D] dtype, last dim contiguous
+  const void* value;                              // [T, Hkv, D] dtype
   int64_t key_token_stride, key_head_stride;      // elements
   int64_t value_token_stride, value_head_stride;  // elements
   DType dtype;
@@ -72,11 +72,11 @@ struct StoreParams {
 // pages of given sequences back to dense, packed K and V.
 struct GatherParams {
   PageView cache;
-  const int32_t* block_table;  // [B, block_table_stride]
-  int64_t block_table_stride;  // elements
-  const int32_t* seq_lens;     // [B]
+  const int32_t* block_table;    // [B, block_table_stride]
+  int64_t block_table_stride;    // elements
+  const int32_t* seq_lens;       // [B]
   const int32_t* out_start_loc;  // [B + 1] first output row of each sequence
-  const float* k_rotation;     // [D, D] row-major: the output is row @ R; null = stay rotated
+  const float* k_rotation;       // [D, D] row-major: the output is row @ R; null = stay rotated
   const float* v_rotation;
   const float* k_centroids;  // [16]
   const float* v_centroids;  // [16]
@@ -91,7 +91,7 @@ struct GatherParams {
 
 // The unpaged pair.  Rows are (n, h) flattened: num_rows = N * H.
 struct CompressParams {
-  const void* x;  // [N, H, D] dtype, last dim contiguous
+  const void* x;                          // [N, H, D] dtype, last dim contiguous
   int64_t x_token_stride, x_head_stride;  // elements
   DType dtype;
   const float* rotation;    // [D, D] row-major or null
@@ -104,11 +104,11 @@ struct CompressParams {
 };
 
 struct DecompressParams {
-  const uint8_t* packed;  // [N, H, D/2] contiguous
-  const float* norms;     // [N, H, 1] contiguous
-  const float* rotation;  // [D, D] row-major: out = row @ R; null = stay rotated
-  const float* centroids; // [16]
-  void* out;              // [N, H, D] dtype contiguous
+  const uint8_t* packed;   // [N, H, D/2] contiguous
+  const float* norms;      // [N, H, 1] contiguous
+  const float* rotation;   // [D, D] row-major: out = row @ R; null = stay rotated
+  const float* centroids;  // [16]
+  void* out;               // [N, H, D] dtype contiguous
   DType dtype;
   int32_t num_tokens, num_heads, head_dim;
 };
@@ -121,39 +121,39 @@ struct DecompressParams {
 struct AttentionParams {
   // [T, Hq, D] dtype (fp16 or bf16), last dim contiguous; prefill: rows 16-byte aligned
   const void* q;
-  void* out;      // [T, Hq, D] dtype, last dim contiguous
-  float* lse;     // [Hq, T] contiguous, natural log, or null
+  void* out;                                  // [T, Hq, D] dtype, last dim contiguous
+  float* lse;                                 // [Hq, T] contiguous, natural log, or null
   int64_t q_token_stride, q_head_stride;      // elements
   int64_t out_token_stride, out_head_stride;  // elements
   DType dtype;
   PageView cache;
-  const int32_t* block_table;  // [B, max_blocks]
-  int64_t block_table_stride;  // elements
-  int32_t max_blocks;          // columns of block_table: the most pages of a sequence
-  const int32_t* seq_lens;     // [B] keys, including the tokens of this call
+  const int32_t* block_table;      // [B, max_blocks]
+  int64_t block_table_stride;      // elements
+  int32_t max_blocks;              // columns of block_table: the most pages of a sequence
+  const int32_t* seq_lens;         // [B] keys, including the tokens of this call
   const int32_t* query_start_loc;  // [B + 1]; null (decode only) = one token a sequence
-  const float* q_rotation;    // [D, D] row-major: q_rot = q @ R^T; null = q is rotated already
-  const float* out_rotation;  // [D, D] row-major: out = O @ R; null = O stays rotated
-  const float* k_centroids;   // [16] fp32 (exact mode)
-  const int8_t* k_codes;      // [16] (INT8 mode)
-  float k_code_scale;         // centroid ~= code * k_code_scale
-  const float* v_centroids;   // [16] fp32
-  const float* sinks;         // [Hq] fp32 logits added to the denominator, or null
+  const float* q_rotation;         // [D, D] row-major: q_rot = q @ R^T; null = q is rotated already
+  const float* out_rotation;       // [D, D] row-major: out = O @ R; null = O stays rotated
+  const float* k_centroids;        // [16] fp32 (exact mode)
+  const int8_t* k_codes;           // [16] (INT8 mode)
+  float k_code_scale;              // centroid ~= code * k_code_scale
+  const float* v_centroids;        // [16] fp32
+  const float* sinks;              // [Hq] fp32 logits added to the denominator, or null
   float sm_scale;
-  float softcap;              // 0 = none
+  float softcap;                      // 0 = none
   int32_t window_left, window_right;  // -1 = unlimited
-  bool int8;                  // q and K as INT8 codes; false = exact mode: two terms each, or fp16
+  bool int8;  // q and K as INT8 codes; false = exact mode: two terms each, or fp16
   int32_t num_seqs, num_tokens, num_q_heads;
-  int32_t max_query_len;      // upper bound of the query tokens of one sequence
+  int32_t max_query_len;  // upper bound of the query tokens of one sequence
   // Sequences of up to so many query tokens are decode's, the others prefill's: each leaves the
   // rest of the batch alone.  0: no such division.  launch_prefill sets it, callers leave it 0.
   int32_t short_query_len;
-  int32_t num_sms;            // of the current device
-  int32_t arch;               // major * 10 + minor of the current device
+  int32_t num_sms;  // of the current device
+  int32_t arch;     // major * 10 + minor of the current device
   Path path;
-  Unpack unpack;              // prefill only
+  Unpack unpack;               // prefill only
   ShortQueries short_queries;  // prefill only
-  void* workspace;            // {decode,prefill}_workspace_bytes() bytes, 16-byte aligned
+  void* workspace;             // {decode,prefill}_workspace_bytes() bytes, 16-byte aligned
 };
 
 }  // namespace tq4

@@ -101,7 +101,8 @@ template <int D>
 struct RowSum {
   static constexpr int kDims = D / kWarpSize;
   static constexpr int kVector = D % 128 == 0 ? 4 : D == 64 ? 2 : 1;
-  static constexpr int kBatch = D <= 128 ? 9 : 4;  // partials loaded at once; 16 x 9 >= the SMs of an H200
+  static constexpr int kBatch =
+      D <= 128 ? 9 : 4;  // partials loaded at once; 16 x 9 >= the SMs of an H200
   struct alignas(4 * kVector) Vector {
     float x[kVector];
   };

@@ -81,8 +81,7 @@ __device__ __forceinline__ void find_share(const DecodeBatch& batch, const Decod
       prefix = next;
       ++start;
     }
-    shared.walker =
-        SegmentWalker::make(batch, positions, blockIdx.x, shares, start, prefix);
+    shared.walker = SegmentWalker::make(batch, positions, blockIdx.x, shares, start, prefix);
     shared.batch = batch;
   }
 }

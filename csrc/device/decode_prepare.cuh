@@ -1,9 +1,9 @@
 // First kernel of decode: rotated and quantised queries in the workspace.
 //
-//   q_rot = q R^T                     TF32 tensor cores, R as a sum of two TF32 values:
-//   fp32-accurate INT8   q_rot / s = q8 + r8 / 256  s = max|q_rot| / 127 of the row fp16   q_rot /
-//   s = q16 + r16      s = the power of two that brings the row into fp16's range scale = s *
-//   sm_scale * log2 e * k_code_scale, or / softcap instead of * log2 e
+//   q_rot = q R^T           TF32 tensor cores, R as a sum of two TF32 values: fp32-accurate
+//   INT8   q_rot / s = q8 + r8 / 256      s = max|q_rot| / 127 of the row
+//   fp16   q_rot / s = q16 + r16          s = the power of two that brings the row into fp16's range
+//   scale = s * sm_scale * log2 e * k_code_scale, or / softcap instead of * log2 e
 //
 // A CTA takes blocks of 16 rows (token, head), one MMA tile high.  Warp w computes dims 8 w .. 8 w
 // + 7 of the product (D = 256: and 128 more); the warps meet once a block for the rows' maxima.
@@ -186,7 +186,8 @@ __device__ __forceinline__ void write_query(const AttentionParams& p, const Deco
   }
 }
 
-// What the main kernel writes only where it finds something: units without tiles keep an empty range.
+// What the main kernel writes only where it finds something: units without tiles keep an empty
+// range.
 __device__ __forceinline__ void clear_findings(const AttentionParams& p, const DecodePlan& plan) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   auto* ranges = reinterpret_cast<CtaRange*>(workspace + plan.unit_ctas);

@@ -249,8 +249,8 @@ __device__ __forceinline__ void compute_scores(
         // (q8 + r8 / 256) . (code + rest / 128)
         const auto rounded = [](int32_t sum) { return static_cast<float>(sum); };
         const float codes = fmaf(rounded(acc[2 + b]), kQueryRest, rounded(acc[b]));
-        s[0][2 * j + b] =
-            fmaf(rounded(rest[2 + b]), kQueryRest * kKeyRest, fmaf(rounded(rest[b]), kKeyRest, codes));
+        s[0][2 * j + b] = fmaf(rounded(rest[2 + b]), kQueryRest * kKeyRest,
+                               fmaf(rounded(rest[b]), kKeyRest, codes));
       }
     } else if constexpr (Config::kInt8) {
       int32_t acc[4] = {};

@@ -97,8 +97,8 @@ struct MatrixBatch {
     }
   }
 
-  // Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether there is
-  // a low part.
+  // Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether there
+  // is a low part.
   __device__ __forceinline__ bool store(int first, float unit, uint32_t high, uint32_t low) const {
     bool has_low = false;
 #pragma unroll
@@ -120,8 +120,8 @@ struct MatrixBatch {
   }
 };
 
-// All of R.  Returns whether this thread's entries have a low part.  To be followed by a fence and a
-// barrier.
+// All of R.  Returns whether this thread's entries have a low part.  To be followed by a fence and
+// a barrier.
 template <typename Config>
 __device__ __forceinline__ bool load_rotation(const float* rotation, float unit, uint32_t high,
                                               uint32_t low) {

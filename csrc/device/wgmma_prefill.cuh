@@ -165,8 +165,7 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, const TileWo
                                           int pass, int64_t slot, int kv_head, CtaWork& work,
                                           int64_t& first_tile) {
   const int group = p.num_q_heads / p.cache.num_kv_heads;
-  const int seq =
-      find_slot_sequence(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
+  const int seq = find_slot_sequence(p.query_start_loc, p.num_seqs, group, Config::kRows, slot);
   work.num_keys = p.seq_lens[seq];  // in flight with the query lengths
   const PrefillTile tile =
       slot_tile(p.query_start_loc, seq, group, Config::kRows, p.short_query_len, slot);

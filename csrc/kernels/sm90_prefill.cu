@@ -51,12 +51,11 @@ void launch(const AttentionParams& p, Stream stream) {
   plan.tiles.tiles = workspace + plan.tiles_offset;
   const auto images = static_cast<unsigned>(plan.num_images);
   // No more CTAs than there may be tiles: those of the next kernel find room beside them.
-  const auto expand_grid = static_cast<unsigned>(
-      std::min<int64_t>(p.num_sms * kExpandCtas, plan.tiles.capacity));
+  const auto expand_grid =
+      static_cast<unsigned>(std::min<int64_t>(p.num_sms * kExpandCtas, plan.tiles.capacity));
   const auto expand = [&](int pass, bool overlapped) {
-    launch_dependent_kernel(overlapped, expand_tiles_kernel<WgmmaImage<D>>,
-                            dim3(expand_grid), dim3(kExpandThreads), 0, stream, p,
-                            plan.tiles, pass);
+    launch_dependent_kernel(overlapped, expand_tiles_kernel<WgmmaImage<D>>, dim3(expand_grid),
+                            dim3(kExpandThreads), 0, stream, p, plan.tiles, pass);
   };
   // Each kernel starts when the one before leaves room, and waits for all before it at its end (or
   // before it reads what they wrote).

@@ -48,10 +48,14 @@ tq4::ByteTable make_table(const std::array<uint8_t, 16>& entries) {
 template <typename Function>
 auto with_head_dim(int head_dim, Function&& function) {
   switch (head_dim) {
-    case 64: return function(std::integral_constant<int, 64>{});
-    case 96: return function(std::integral_constant<int, 96>{});
-    case 128: return function(std::integral_constant<int, 128>{});
-    case 256: return function(std::integral_constant<int, 256>{});
+    case 64:
+      return function(std::integral_constant<int, 64>{});
+    case 96:
+      return function(std::integral_constant<int, 96>{});
+    case 128:
+      return function(std::integral_constant<int, 128>{});
+    case 256:
+      return function(std::integral_constant<int, 256>{});
   }
   throw std::invalid_argument("head_dim must be 64, 96, 128 or 256");
 }
@@ -127,7 +131,8 @@ py::dict wgmma_image(int head_dim) {
 
 // Dims behind the fragment elements of store and gather: (inputs [step][16], codes [tile][8],
 // outputs [tile][8]); within a fragment the order is (high, t, odd) or (t, odd).
-std::tuple<std::vector<std::vector<int>>, std::vector<std::vector<int>>, std::vector<std::vector<int>>>
+std::tuple<std::vector<std::vector<int>>, std::vector<std::vector<int>>,
+           std::vector<std::vector<int>>>
 fragment_map(int head_dim) {
   return with_head_dim(head_dim, [](auto d) {
     using Map = tq4::FragmentMap<d>;
@@ -196,18 +201,16 @@ std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_
 }  // namespace
 
 PYBIND11_MODULE(host_maps, m) {
-  m.def("token_major_view",
-        [](int64_t num_blocks, int64_t heads, int64_t block_size, int64_t head_dim,
-           int64_t block_stride, int64_t row_stride) {
-          return view_to_dict(tq4::token_major_view(nullptr, num_blocks, heads, block_size,
-                                                    head_dim, block_stride, row_stride));
-        });
-  m.def("head_major_view",
-        [](int64_t num_blocks, int64_t heads, int64_t block_size, int64_t head_dim,
-           int64_t block_stride, int64_t head_stride) {
-          return view_to_dict(tq4::head_major_view(nullptr, num_blocks, heads, block_size, head_dim,
-                                                   block_stride, head_stride));
-        });
+  m.def("token_major_view", [](int64_t num_blocks, int64_t heads, int64_t block_size,
+                               int64_t head_dim, int64_t block_stride, int64_t row_stride) {
+    return view_to_dict(tq4::token_major_view(nullptr, num_blocks, heads, block_size, head_dim,
+                                              block_stride, row_stride));
+  });
+  m.def("head_major_view", [](int64_t num_blocks, int64_t heads, int64_t block_size,
+                              int64_t head_dim, int64_t block_stride, int64_t head_stride) {
+    return view_to_dict(tq4::head_major_view(nullptr, num_blocks, heads, block_size, head_dim,
+                                             block_stride, head_stride));
+  });
   m.def("unpack_int8", [](uint32_t word, const std::array<uint8_t, 16>& table) {
     uint32_t x[2];
     tq4::unpack_int8(word, make_table(table), x[0], x[1]);
@@ -215,14 +218,14 @@ PYBIND11_MODULE(host_maps, m) {
     for (int i = 0; i < 8; ++i) bytes.push_back(x[i / 4] >> (8 * (i % 4)) & 0xff);
     return bytes;
   });
-  m.def("unpack_fp16", [](uint32_t word, const std::array<uint8_t, 16>& high,
-                          const std::array<uint8_t, 16>& low) {
-    uint32_t words[4];
-    tq4::unpack_fp16(word, make_table(high), make_table(low), words);
-    std::vector<int> halves;
-    for (int i = 0; i < 8; ++i) halves.push_back(words[i / 2] >> (16 * (i % 2)) & 0xffff);
-    return halves;
-  });
+  m.def("unpack_fp16",
+        [](uint32_t word, const std::array<uint8_t, 16>& high, const std::array<uint8_t, 16>& low) {
+          uint32_t words[4];
+          tq4::unpack_fp16(word, make_table(high), make_table(low), words);
+          std::vector<int> halves;
+          for (int i = 0; i < 8; ++i) halves.push_back(words[i / 2] >> (16 * (i % 2)) & 0xffff);
+          return halves;
+        });
   m.def("half_tile", &half_tile);
   m.def("key_tile", [](int head_dim, int element_bytes, int rows) {
     if (element_bytes == 1) return key_tile<1>(head_dim, rows);

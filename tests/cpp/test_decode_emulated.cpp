@@ -624,18 +624,14 @@ int main(int argc, char** argv) {
   test("tiny codebook", [](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true; });
   for (const bool bulk : {false, true}) {
     const std::string suffix = bulk ? " int8x2" : " fp16";
-    test(("tiny codebook" + suffix).c_str(), [&](Case& c) {
-      c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false, c.bulk = bulk;
-    });
-    test(("lopsided codebook" + suffix).c_str(), [&](Case& c) {
-      c.codebook_shift = 1.5f, c.int8 = false, c.bulk = bulk;
-    });
-    test(("negative codebook" + suffix).c_str(), [&](Case& c) {
-      c.codebook_shift = -3.f, c.int8 = false, c.bulk = bulk;
-    });
-    test(("NaN row" + suffix).c_str(), [&](Case& c) {
-      c.nan_row = true, c.lengths = {60, 30}, c.int8 = false, c.bulk = bulk;
-    });
+    test(("tiny codebook" + suffix).c_str(),
+         [&](Case& c) { c.codebook_scale = 1e-5f, c.bf16 = true, c.int8 = false, c.bulk = bulk; });
+    test(("lopsided codebook" + suffix).c_str(),
+         [&](Case& c) { c.codebook_shift = 1.5f, c.int8 = false, c.bulk = bulk; });
+    test(("negative codebook" + suffix).c_str(),
+         [&](Case& c) { c.codebook_shift = -3.f, c.int8 = false, c.bulk = bulk; });
+    test(("NaN row" + suffix).c_str(),
+         [&](Case& c) { c.nan_row = true, c.lengths = {60, 30}, c.int8 = false, c.bulk = bulk; });
     test(("masks" + suffix).c_str(), [&](Case& c) {
       c.queries = {3, 1}, c.lengths = {150, 20}, c.max_query_len = 3, c.window_left = 20;
       c.softcap = 2.f, c.sinks = true, c.group = 7, c.int8 = false, c.bulk = bulk;
@@ -647,9 +643,8 @@ int main(int argc, char** argv) {
   }
   test("fp16, padded rows",
        [](Case& c) { c.layout = Layout::kPaddedRows, c.lengths = {45}, c.int8 = false; });
-  test("int8x2, one head, odd rows", [](Case& c) {
-    c.num_kv_heads = 1, c.group = 7, c.lengths = {70, 20}, c.int8 = false;
-  });
+  test("int8x2, one head, odd rows",
+       [](Case& c) { c.num_kv_heads = 1, c.group = 7, c.lengths = {70, 20}, c.int8 = false; });
   test("int8x2, head-major, 64", [](Case& c) {
     c.layout = Layout::kHeadMajor, c.block_size = 64, c.lengths = {145, 70}, c.num_kv_heads = 8;
     c.int8 = false;
@@ -677,9 +672,8 @@ int main(int argc, char** argv) {
     c.queries = {6, 5, 0, 2, 9}, c.lengths = {30, 60, 100, 5, 12}, c.max_query_len = 5;
     c.short_only = true, c.num_kv_heads = 1, c.group = 3;
   });
-  test("long sequences only", [](Case& c) {
-    c.queries = {3, 2}, c.lengths = {30, 60}, c.short_only = true;
-  });
+  test("long sequences only",
+       [](Case& c) { c.queries = {3, 2}, c.lengths = {30, 60}, c.short_only = true; });
   test("NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
   test("many sequences", [](Case& c) {
     c.lengths.clear();

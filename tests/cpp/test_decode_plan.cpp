@@ -1,5 +1,5 @@
-// csrc/device/decode_{map,plan,schedule}.h: maps are bijections, copied tiles hold what the page held, and
-// the shares of a fixed grid cover every visible tile exactly once.
+// csrc/device/decode_{map,plan,schedule}.h: maps are bijections, copied tiles hold what the page
+// held, and the shares of a fixed grid cover every visible tile exactly once.
 #include <cstring>
 #include <map>
 #include <set>
@@ -50,7 +50,8 @@ void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::Decode
       for (int run = 0; run < copy.num_runs; ++run) {
         const tq4::CopyRun& r = copy.run[run];
         for (int rep = 0; rep < copy.reps; ++rep) {
-          const int src = r.src + tile * r.tile_stride + chunk * r.chunk_stride + rep * copy.src_stride;
+          const int src =
+              r.src + tile * r.tile_stride + chunk * r.chunk_stride + rep * copy.src_stride;
           const int dst = r.dst + rep * copy.dst_stride;
           CHECK(src >= 0 && src + r.bytes <= page_bytes && dst >= 0 &&
                 dst + r.bytes <= copy.stage_bytes);
@@ -70,8 +71,10 @@ void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::Decode
           const int norm = page_token * view.norm_token_stride + page_head * view.norm_head_stride;
           const int stage_code = token * stage.code_token_stride + head * stage.code_head_stride;
           const int stage_norm = token * stage.norm_token_stride + head * stage.norm_head_stride;
-          CHECK(!std::memcmp(&staged[stage.k_codes + stage_code], &page[view.k_codes + code], codes));
-          CHECK(!std::memcmp(&staged[stage.v_codes + stage_code], &page[view.v_codes + code], codes));
+          CHECK(
+              !std::memcmp(&staged[stage.k_codes + stage_code], &page[view.k_codes + code], codes));
+          CHECK(
+              !std::memcmp(&staged[stage.v_codes + stage_code], &page[view.v_codes + code], codes));
           CHECK(!std::memcmp(&staged[stage.k_norms + stage_norm], &page[view.k_norms + norm], 4));
           CHECK(!std::memcmp(&staged[stage.v_norms + stage_norm], &page[view.v_norms + norm], 4));
         }
@@ -95,8 +98,7 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   const int octets = tq4::decode_octets(plan.mode);
   CHECK(!plan.bulk || (arch == 90 && plan.copy.width == 16));
   if (!int8) {  // the exact mode: by INT8 terms exactly where pages can be bulk copied
-    CHECK(plan.mode ==
-          (plan.bulk ? tq4::DecodeMode::kInt8x2Rows8 : tq4::DecodeMode::kFp16Rows8));
+    CHECK(plan.mode == (plan.bulk ? tq4::DecodeMode::kInt8x2Rows8 : tq4::DecodeMode::kFp16Rows8));
   } else {
     CHECK(tq4::has_given_codes(plan.mode));
   }
@@ -107,9 +109,9 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   CHECK(plan.teams >= 1 && plan.slots * plan.teams <= plan.warps);
   CHECK(plan.num_stages >= 2 && plan.smem_bytes <= tq4::decode_smem_limit(arch));
   CHECK(plan.tiles_per_block * tq4::kTileTokens == view.block_size);
-  const int64_t offsets[] = {plan.query_codes, plan.query_residual, plan.query_scale,
-                             plan.dense_rotation, plan.unit_ctas, plan.partial_stats,
-                             plan.partial_out, plan.workspace_bytes};
+  const int64_t offsets[] = {plan.query_codes,    plan.query_residual, plan.query_scale,
+                             plan.dense_rotation, plan.unit_ctas,      plan.partial_stats,
+                             plan.partial_out,    plan.workspace_bytes};
   for (int i = 0; i + 1 < 8; ++i) CHECK(offsets[i] % 16 == 0 && offsets[i] <= offsets[i + 1]);
   const int64_t rows = int64_t{p.num_tokens} * p.num_q_heads;
   CHECK(plan.query_residual - plan.query_codes >=
@@ -141,8 +143,9 @@ void check_plans() {
         };
         for (int64_t padding : {0, 8, 48}) {
           const int64_t row = tq4::token_bytes(heads, head_dim) + padding;
-          both(tq4::token_major_view(nullptr, 4, heads, block_size, head_dim, block_size * row, row),
-               block_size * row);
+          both(
+              tq4::token_major_view(nullptr, 4, heads, block_size, head_dim, block_size * row, row),
+              block_size * row);
         }
         const int64_t page = tq4::head_page_bytes(block_size, head_dim) + 16;
         both(tq4::head_major_view(nullptr, 4, heads, block_size, head_dim, heads * page, page),
@@ -166,7 +169,7 @@ void check_schedule(Batch* owner, const tq4::DecodeShares& shares) {
     prefix[seq + 1] = prefix[seq] + batch.unit_cost(batch.tiles(seq));
   }
   const int64_t total = int64_t{prefix[num_seqs]} * batch.num_chunks;
-  std::map<std::tuple<int, int, int>, int> computed;        // (seq, chunk, tile)
+  std::map<std::tuple<int, int, int>, int> computed;          // (seq, chunk, tile)
   std::map<std::pair<int, int>, std::set<int>> unit_to_ctas;  // (seq, chunk)
   std::map<std::pair<int, int>, tq4::CtaRange> ranges;  // as the segments at a unit's ends say
   std::set<int> partials;
@@ -207,7 +210,8 @@ void check_schedule(Batch* owner, const tq4::DecodeShares& shares) {
       }
       const tq4::CtaRange ctas = ranges[{seq, chunk}];
       const std::set<int>& have = unit_to_ctas[{seq, chunk}];
-      // Exactly the CTAs of the range have a segment: the combination reads a partial result of each.
+      // Exactly the CTAs of the range have a segment: the combination reads a partial result of
+      // each.
       for (int cta : have) CHECK(ctas.begin <= cta && cta < ctas.end);
       CHECK(static_cast<int>(have.size()) == ctas.end - ctas.begin);
     }
@@ -226,7 +230,9 @@ void check_schedules() {
     owner.query_start_loc.push_back(0);
     for (int seq = 0; seq < batch.num_seqs; ++seq) {
       const int kind = random.range(0, 3);
-      owner.seq_lens.push_back(kind == 0 ? 0 : kind == 1 ? random.range(1, 40) : random.range(1, 900));
+      owner.seq_lens.push_back(kind == 0   ? 0
+                               : kind == 1 ? random.range(1, 40)
+                                           : random.range(1, 900));
       owner.query_start_loc.push_back(owner.query_start_loc.back() + random.range(0, 4));
     }
     batch.most_queries = random.range(0, 1) == 0 ? INT32_MAX : random.range(1, 3);

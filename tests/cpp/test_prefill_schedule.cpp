@@ -1,13 +1,12 @@
 // csrc/device/prefill_schedule.cuh: the slots cover every query row exactly once, those of short
 // sequences where they are prefill's, and the range of keys of
 // a tile is exactly what its rows can see.
-#include "device/prefill_schedule.cuh"
-
 #include <map>
 #include <utility>
 #include <vector>
 
 #include "check.h"
+#include "device/prefill_schedule.cuh"
 
 namespace {
 

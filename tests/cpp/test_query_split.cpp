@@ -1,13 +1,12 @@
-// csrc/device/query_split.h: every sequence is exactly one kernel's, whatever the lengths on the device
-// turn out to be, and decode is only asked for what it can plan.
-#include "device/query_split.h"
-
+// csrc/device/query_split.h: every sequence is exactly one kernel's, whatever the lengths on the
+// device turn out to be, and decode is only asked for what it can plan.
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
 
 #include "check.h"
 #include "device/prefill_schedule.cuh"
+#include "device/query_split.h"
 #include "layout.h"
 
 namespace {
@@ -18,8 +17,7 @@ tq4::AttentionParams problem(int head_dim, int group, bool int8, int block_size 
   constexpr int kHeads = 2;
   const int64_t row = tq4::token_bytes(kHeads, head_dim);
   tq4::AttentionParams p{};
-  p.cache =
-      tq4::token_major_view(nullptr, 64, kHeads, block_size, head_dim, block_size * row, row);
+  p.cache = tq4::token_major_view(nullptr, 64, kHeads, block_size, head_dim, block_size * row, row);
   p.num_q_heads = kHeads * group;
   p.int8 = int8;
   p.num_sms = 132;
