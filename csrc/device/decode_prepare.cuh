@@ -2,7 +2,7 @@
 //
 //   q_rot = q R^T           TF32 tensor cores, R as a sum of two TF32 values: fp32-accurate
 //   INT8   q_rot / s = q8 + r8 / 256      s = max|q_rot| / 127 of the row
-//   fp16   q_rot / s = q16 + r16          s = the power of two that brings the row into fp16's range
+//   fp16   q_rot / s = q16 + r16          s = the power of two that brings it into fp16's range
 //   scale = s * sm_scale * log2 e * k_code_scale, or / softcap instead of * log2 e
 //
 // A CTA takes blocks of 16 rows (token, head), one MMA tile high.  Warp w computes dims 8 w .. 8 w
