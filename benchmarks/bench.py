@@ -51,6 +51,8 @@ from workloads import (
 
 OPS = ("prefill", "chunk", "varlen", "mixed", "decode", "step", "store")
 PREFILL_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+PREFILL_VARIANTS = [(128, "bfloat16"), (64, "float16"), (256, "float16")]
+VARIANT_LENGTHS = [4096, 16384]
 CHUNK_LENGTHS = [8192, 32768, 131072]
 MIXED_LENGTH = 32768
 DECODE_SIZES = [
@@ -154,6 +156,15 @@ def ours(inputs: Tq4Inputs, backend: str) -> Maker:
     return make
 
 
+def exact(inputs: Tq4Inputs, backend: str) -> Maker:
+    """TQ4's decode in the exact mode."""
+
+    def make(work: Workload, q: torch.Tensor) -> Contender:
+        return inputs.attention("decode", q, backend, f"tq4-{backend}-exact", int8=False)
+
+    return make
+
+
 def unrouted(inputs: Tq4Inputs, backend: str) -> Maker:
     """TQ4's prefill with every sequence in the prefill kernels."""
 
@@ -179,6 +190,8 @@ def run_attention(session: Session, works: list[Workload]) -> None:
         inputs = Tq4Inputs(work, session.device, args.layout)
         for backend in session.backends():
             session.attempt(work, q, f"tq4-{backend}", ours(inputs, backend), ours=True)
+            if work.op == "decode" and backend == "cuda" and not work.extra:
+                session.attempt(work, q, "tq4-cuda-exact", exact(inputs, backend), ours=True)
             if work.op == "mixed" and backend != "reference":
                 session.attempt(work, q, f"tq4-{backend}-prefill", unrouted(inputs, backend), ours=True)
         del inputs
@@ -224,6 +237,9 @@ def run(session: Session, op: str) -> None:
             run_store(session, hq, hkv, args.head_dim)
         elif op == "prefill":
             run_attention(session, prefill_workloads(*shape, args.lengths or PREFILL_LENGTHS))
+            for d, dtype in PREFILL_VARIANTS if args.variants else ():
+                works = prefill_workloads(hq, hkv, d, dtype, args.page, args.lengths or VARIANT_LENGTHS)
+                run_attention(session, works)
         elif op == "chunk":
             run_attention(session, chunk_workloads(*shape, args.lengths or CHUNK_LENGTHS))
         elif op == "varlen":
@@ -290,6 +306,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=lambda s: [int(n) for n in s.split(",")], help="not the default ones"
     )
+    parser.add_argument("--variants", action="store_true", help="prefill: bf16 and other head_dims, too")
     parser.add_argument("--sweep", action="store_true", help="decode: the context lengths of the plot, too")
     parser.add_argument("--backends", type=lambda s: s.split(","), default=["cuda", "cuda-sm80", "triton"])
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="TQ4 only")

@@ -22,6 +22,7 @@ NAMES = {
     "tq4-cuda": "**tq4, CUDA**",
     "tq4-cuda-sm80": "**tq4, CUDA, portable kernels**",
     "tq4-triton": "**tq4, Triton**",
+    "tq4-cuda-exact": "tq4, CUDA, exact mode",
     "tq4-cuda-prefill": "tq4, CUDA, prefill kernels for all",
     "tq4-cuda-sm80-prefill": "tq4, CUDA, portable kernels, prefill kernels for all",
     "tq4-triton-prefill": "tq4, Triton, prefill kernels for all",

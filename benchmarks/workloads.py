@@ -244,7 +244,7 @@ class Tq4Inputs:
             backend="reference",
         )
 
-    def attention(self, op: str, q: torch.Tensor, backend: str, impl: str) -> Contender:
+    def attention(self, op: str, q: torch.Tensor, backend: str, impl: str, int8: bool = True) -> Contender:
         """The whole operation, rotations included, through the public function."""
         work = self.work
         out = torch.empty_like(q)
@@ -260,6 +260,7 @@ class Tq4Inputs:
                     self.quantizer,
                     max_query_len=max(work.q_lens),
                     out=out,
+                    int8=int8,
                     backend=backend,
                 )
 
@@ -276,6 +277,7 @@ class Tq4Inputs:
                     query_start_loc=None if single else self.query_start_loc,
                     max_query_len=max(work.q_lens),
                     out=out,
+                    int8=int8,
                     backend=backend,
                 )
 

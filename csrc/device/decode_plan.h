@@ -437,6 +437,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.query_rows =
       p.num_q_heads * (p.short_query_len > 0 ? static_cast<int64_t>(p.num_seqs) * p.short_query_len
                                              : static_cast<int64_t>(p.num_tokens));
+  require(plan.query_rows < INT32_MAX - kPrepareRows * p.num_sms,
+          "q: too many query tokens and heads for one call");
   const int64_t prepare_ctas = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
   plan.grid = p.num_sms - (prepare_ctas <= p.num_sms / 32 ? static_cast<int>(prepare_ctas) : 0);
 

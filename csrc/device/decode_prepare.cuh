@@ -40,8 +40,8 @@ struct PrepareConfig {
 
 // The token whose queries lie at place `place` of the workspace (DecodePlan::query_rows), -1 for a
 // place that is not used.
-__device__ __forceinline__ int64_t query_token(const AttentionParams& p, const DecodeBatch& batch,
-                                               int64_t place) {
+__device__ __forceinline__ int query_token(const AttentionParams& p, const DecodeBatch& batch,
+                                           int place) {
   if (p.short_query_len == 0) return place;
   const uint32_t most = p.short_query_len;  // split_queries sees to it that 32 bits suffice
   const int seq = static_cast<int>(static_cast<uint32_t>(place) / most);
@@ -51,8 +51,8 @@ __device__ __forceinline__ int64_t query_token(const AttentionParams& p, const D
 
 // The first block of rows from `first` on, `step` apart, that has something to rotate; the same for
 // all threads.
-__device__ __forceinline__ int64_t next_block(const AttentionParams& p, const DecodeBatch& batch,
-                                              int64_t first, int64_t step, int64_t num_rows) {
+__device__ __forceinline__ int next_block(const AttentionParams& p, const DecodeBatch& batch,
+                                          int first, int step, int num_rows) {
   if (p.short_query_len == 0) return first;
 #pragma unroll 1
   for (; first < num_rows; first += step) {
@@ -76,14 +76,14 @@ struct QueryPieces {
   uint2 piece[Config::kPieces];
 
   // Apart from the loads: what may have to be looked up on the way must not hold up others.
-  __device__ __forceinline__ void find(const AttentionParams& p, const DecodeBatch& batch,
-                                       int64_t first, int64_t num_rows) {
+  __device__ __forceinline__ void find(const AttentionParams& p, const DecodePlan& plan,
+                                       const DecodeBatch& batch, int first, int num_rows) {
 #pragma unroll
     for (int i = 0; i < Config::kPieces; ++i) {
       const int at = static_cast<int>(threadIdx.x) + i * Config::kThreads;
-      const int64_t index = min(first + at / (D / 4), num_rows - 1);
-      const int64_t place = divide(index, p.num_q_heads);
-      const int64_t token = max(query_token(p, batch, place), int64_t{0});
+      const int index = min(first + at / (D / 4), num_rows - 1);
+      const int place = static_cast<int>(plan.query_divider.quotient(index));
+      const int64_t token = max(query_token(p, batch, place), 0);
       source[i] = static_cast<const uint16_t*>(p.q) + token * p.q_token_stride +
                   (index - place * p.num_q_heads) * p.q_head_stride + at % (D / 4) * 4;
     }
@@ -186,6 +186,12 @@ __device__ __forceinline__ void write_query(const AttentionParams& p, const Deco
   }
 }
 
+// Log2 units of a score, or units of the soft cap, of one unit of q . k.
+__device__ __forceinline__ float unit_scale(const AttentionParams& p, const DecodePlan& plan) {
+  return p.sm_scale * (p.softcap != 0.f ? 1.f / p.softcap : 1.4426950408889634f) *
+         (has_given_codes(plan.mode) ? p.k_code_scale : 1.f);
+}
+
 // What the main kernel writes only where it finds something: units without tiles keep an empty
 // range.
 __device__ __forceinline__ void clear_findings(const AttentionParams& p, const DecodePlan& plan) {
@@ -212,8 +218,8 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const DecodeBatch batch = decode_batch(p, plan);
-  const int64_t num_rows = plan.query_rows;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kPrepareRows;
+  const int num_rows = static_cast<int>(plan.query_rows);
+  const int step = gridDim.x * kPrepareRows;
   const bool aligned8 =
       (reinterpret_cast<uintptr_t>(p.q) | static_cast<uint64_t>(p.q_token_stride * 2) |
        static_cast<uint64_t>(p.q_head_stride * 2)) %
@@ -224,20 +230,18 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
   QueryPieces<D> pieces;
   RotationTile<D> rotation;
   if (rotates) rotation.load(p.q_rotation, warp);
-  int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows;
+  int first = blockIdx.x * kPrepareRows;
   first = next_block(p, batch, first, step, num_rows);
-  pieces.find(p, batch, first, num_rows);
+  pieces.find(p, plan, batch, first, num_rows);
   pieces.load(aligned8);
-  const float unit_scale = p.sm_scale * (p.softcap != 0.f ? 1.f / p.softcap : 1.4426950408889634f) *
-                           (has_given_codes(plan.mode) ? p.k_code_scale : 1.f);
 
 #pragma unroll 1
   while (first < num_rows) {
     pieces.store(rows);
     __syncthreads();  // the rows are there; the last block's maxima have been read
-    const int64_t next = next_block(p, batch, first + step, step, num_rows);
+    const int next = next_block(p, batch, first + step, step, num_rows);
     if (next < num_rows) {
-      pieces.find(p, batch, next, num_rows);
+      pieces.find(p, plan, batch, next, num_rows);
       pieces.load(aligned8);
     }
 
@@ -291,12 +295,12 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
       for (int w = 0; w < Config::kWarps; ++w) {
         largest = ptx::max_nan(largest, maxima[8 * i + g][w]);
       }
-      const int64_t index = first + 8 * i + g;
+      const int index = first + 8 * i + g;
       if (index >= num_rows) continue;
 #pragma unroll
       for (int tile = 0; tile < Config::kTiles; ++tile) {
-        write_query<D>(p, plan, index * D + 8 * (warp + tile * Config::kWarps) + 2 * t, largest,
-                       c[tile][2 * i], c[tile][2 * i + 1]);
+        const int64_t at = int64_t{index} * D + 8 * (warp + tile * Config::kWarps) + 2 * t;
+        write_query<D>(p, plan, at, largest, c[tile][2 * i], c[tile][2 * i + 1]);
       }
       if (warp == 0 && t == 0) {
         // A NaN in the row goes into its scale, and so into every score.
@@ -306,7 +310,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
                                            : __fdiv_rn(1.f, fp16_row_scale(largest));
         }
         reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + plan.query_scale)[index] =
-            unit * unit_scale;
+            unit * unit_scale(p, plan);
       }
     }
     first = next;
