@@ -191,7 +191,7 @@ def run_attention(session: Session, works: list[Workload]) -> None:
         for backend in session.backends():
             session.attempt(work, q, f"tq4-{backend}", ours(inputs, backend), ours=True)
             if work.op == "decode" and backend == "cuda" and not work.extra:
-                session.attempt(work, q, "tq4-cuda-exact", exact(inputs, backend), ours=True)
+                session.attempt(work, q, f"tq4-{backend}-exact", exact(inputs, backend), ours=True)
             if work.op == "mixed" and backend != "reference":
                 session.attempt(work, q, f"tq4-{backend}-prefill", unrouted(inputs, backend), ours=True)
         del inputs

@@ -19,7 +19,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -102,12 +102,25 @@ UNPACK_TARGETS = (
 
 
 @contextlib.contextmanager
-def unpacking(where: str | None):
-    """TQ4_PREFILL_UNPACK for a block; None leaves it as it is."""
+def _choosing(variable: str, name: str | None):
+    """An environment variable for a block; None leaves it as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        if where is not None:
-            patch.setenv("TQ4_PREFILL_UNPACK", where)
+        if name is not None:
+            patch.setenv(variable, name)
         yield
+
+
+unpacking = functools.partial(_choosing, "TQ4_PREFILL_UNPACK")
+short_queries = functools.partial(_choosing, "TQ4_PREFILL_SHORT")
+
+
+def refuses_choice(variable: str, name: str, expected: str, *readers: Callable[[], object]) -> None:
+    """An unknown choice of prefill kernels is an error of all that read it, with the names that there are."""
+    with _choosing(variable, name):
+        for read in readers:
+            with pytest.raises(ValueError, match=f"{variable}: expected {expected}") as caught:
+                read()
+            assert repr(name) in str(caught.value)
 
 
 def on_targets(*, cpu: bool = True, gpu: bool = True, prefill: bool = False):

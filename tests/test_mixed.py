@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -23,7 +23,9 @@ from support_attention import (
     judge,
     on_targets,
     poisoned_out,
+    refuses_choice,
     run,
+    short_queries,
     solved,
     unpacking,
 )
@@ -33,26 +35,14 @@ from tq4.triton_kernels import configs
 TRITON = Target("triton", "cuda")
 
 
-@contextlib.contextmanager
-def short_queries(where: str):
-    """TQ4_PREFILL_SHORT for a block."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TQ4_PREFILL_SHORT", where)
-        yield
-
-
 # ------------------------------------------------------------------------------------------------ the choice
 
 
 @pytest.mark.parametrize("name", ["", "Prefill", "decode", "1"])
-def test_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Before anything is loaded or launched, and with the names that there are."""
-    monkeypatch.setenv("TQ4_PREFILL_SHORT", name)
-    with pytest.raises(ValueError, match="TQ4_PREFILL_SHORT: expected auto, prefill, got") as caught:
-        choices.decodes_short_queries()
-    assert repr(name) in str(caught.value)
-    with pytest.raises(ValueError, match="TQ4_PREFILL_SHORT"):
-        cuda.prefill(path=1)
+def test_unknown_choice_is_an_error(name: str) -> None:
+    """Before anything is loaded or launched."""
+    launch = functools.partial(cuda.prefill, path=1)
+    refuses_choice("TQ4_PREFILL_SHORT", name, "auto, prefill, got", choices.decodes_short_queries, launch)
 
 
 def test_choices_are_paths_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@
 #include "device/swizzle.cuh"
 #include "device/unpack4.cuh"
 #include "device/wgmma_image.cuh"
+#include "kernels/head_dim.h"
 #include "layout.h"
 
 namespace py = pybind11;
@@ -44,25 +45,9 @@ tq4::ByteTable make_table(const std::array<uint8_t, 16>& entries) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// The kernels take the head dimension as a template argument, Python as a number.
-template <typename Function>
-auto with_head_dim(int head_dim, Function&& function) {
-  switch (head_dim) {
-    case 64:
-      return function(std::integral_constant<int, 64>{});
-    case 96:
-      return function(std::integral_constant<int, 96>{});
-    case 128:
-      return function(std::integral_constant<int, 128>{});
-    case 256:
-      return function(std::integral_constant<int, 256>{});
-  }
-  throw std::invalid_argument("head_dim must be 64, 96, 128 or 256");
-}
-
 // (bytes of a row, offset of every [row][chunk])
 std::pair<int, std::vector<std::vector<int>>> half_tile(int head_dim, int rows) {
-  return with_head_dim(head_dim, [&](auto d) {
+  return tq4::dispatch_head_dim(head_dim, [&](auto d) {
     using Tile = tq4::HalfTile<d>;
     std::vector<std::vector<int>> offsets(rows);
     for (int row = 0; row < rows; ++row) {
@@ -77,7 +62,7 @@ std::pair<int, std::vector<std::vector<int>>> half_tile(int head_dim, int rows) 
 // (bytes of a row, used bytes of a quarter, offset of every [row][quarter][chunk])
 template <int kElementBytes>
 std::tuple<int, int, std::vector<std::vector<std::vector<int>>>> key_tile(int head_dim, int rows) {
-  return with_head_dim(head_dim, [&](auto d) {
+  return tq4::dispatch_head_dim(head_dim, [&](auto d) {
     using Tile = tq4::KeyTile<d, kElementBytes>;
     std::vector<std::vector<std::vector<int>>> offsets(rows, std::vector<std::vector<int>>(4));
     for (int row = 0; row < rows; ++row) {
@@ -94,7 +79,7 @@ std::tuple<int, int, std::vector<std::vector<std::vector<int>>>> key_tile(int he
 // Sizes, the offset of every chunk of 16 bytes and the dims of the rotation's columns of the images
 // that the wgmma prefill kernel reads.
 py::dict wgmma_image(int head_dim) {
-  return with_head_dim(head_dim, [](auto d) {
+  return tq4::dispatch_head_dim(head_dim, [](auto d) {
     using Image = tq4::WgmmaImage<d>;
     using Query = tq4::QueryImage<d>;
     using Offsets = std::vector<std::vector<int>>;
@@ -134,7 +119,7 @@ py::dict wgmma_image(int head_dim) {
 std::tuple<std::vector<std::vector<int>>, std::vector<std::vector<int>>,
            std::vector<std::vector<int>>>
 fragment_map(int head_dim) {
-  return with_head_dim(head_dim, [](auto d) {
+  return tq4::dispatch_head_dim(head_dim, [](auto d) {
     using Map = tq4::FragmentMap<d>;
     std::vector<std::vector<int>> inputs(Map::kSteps), codes(Map::kTiles), outputs(Map::kTiles);
     for (int step = 0; step < Map::kSteps; ++step) {

@@ -73,19 +73,16 @@ void check_split(Random* random) {
   p.query_start_loc = starts.data();
   const tq4::QuerySplit split = tq4::split_queries(p);
   CHECK(split.has_decode || split.has_prefill);
+  tq4::DecodeBatch batch{};
   if (split.has_decode) {
-    const tq4::DecodePlan plan = tq4::make_decode_plan(split.decode, true);
-    const tq4::DecodeBatch batch = tq4::decode_batch(split.decode, plan);
-    for (int seq = 0; seq < num_seqs; ++seq) {
-      CHECK(batch.num_queries(seq) <= split.decode.max_query_len);
-    }
+    batch = tq4::decode_batch(split.decode, tq4::make_decode_plan(split.decode, true));
   }
   for (int seq = 0; seq < num_seqs; ++seq) {
     const int count = starts[seq + 1] - starts[seq];
     int taken = 0;
     if (split.has_decode) {
-      const tq4::DecodePlan plan = tq4::make_decode_plan(split.decode, true);
-      taken += tq4::decode_batch(split.decode, plan).num_queries(seq);
+      taken += batch.num_queries(seq);
+      CHECK(taken <= split.decode.max_query_len);
     }
     if (split.has_prefill) {
       taken += tq4::prefill_queries(starts.data(), seq, split.prefill.short_query_len);
