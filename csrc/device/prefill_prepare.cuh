@@ -1,13 +1,16 @@
 // Queries of the sm_90a prefill kernel: rotated, scaled and quantised once, left in the workspace
-// as images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The last CTA
-// leaves the matrix of the output rotation there too, and resets the counters of the attention
-// kernel.
+// as images of what the attention kernel wants in shared memory (wgmma_image.cuh).  The matrix of
+// the output rotation is left there too, and the counters of the attention kernel are reset.
 //
-//   q (registers) x R^T (shared memory, fp16: high parts, low parts) --wgmma--> q_rot --> s_q, q8
+//   q --cp.async--> ring --LDS--> A fragments x R^T (shared memory, fp16: high parts, low parts)
+//     --wgmma--> q_rot --> s_q, q8
 //
 // A fixed grid; a CTA takes images in turn, in parts of 64 rows for each of its warpgroups.  The
-// rows of the next part travel while this one is quantised and written.  The low parts are all
-// zero, and skipped, for Hadamard matrices.
+// rows of the next parts travel meanwhile: each thread copies what it will multiply itself, so the
+// ring needs no barriers.  The low parts are all zero, and skipped, for Hadamard matrices.
+//
+// Registers are bounded so that a CTA of the kernel that unpacks keys (tile_expand.cuh) finds room
+// beside this one: neither needs the other, and each is a few microseconds of latency.
 //
 // Orders of dims, chosen so that nothing is ever moved between lanes.  With t = lane % 4:
 //   k of the product   lane t multiplies dims 32 b + 8 t .. + 7 of each block b of 32, as loaded
@@ -32,17 +35,23 @@ namespace tq4::sm90 {
 template <int D_>
 struct PrepareConfig {
   static constexpr int D = D_;
-  static constexpr int kThreads = D <= 128 ? 512 : 256;     // one CTA an SM: it makes R once
+  static constexpr int kThreads = D <= 128 ? 512 : 256;  // one CTA an SM: it makes R once
+  static constexpr int kRegisters = D <= 128 ? 112 : 255;
   static constexpr int kGroups = kThreads / 128;            // warpgroups
   static constexpr int kParts = QueryImage<D>::kRows / 64;  // of an image, a warpgroup each
   static constexpr int kBlocks = D / 32;                    // of dims
+  static constexpr int kPieceBlocks = D == 96 ? 3 : 2;      // multiplied at once
   static constexpr int kSteps = D / 16;                     // of k
   static constexpr int kRegs = D / 2;                       // accumulators a lane
   // R as the K-major operand: row = column of the product, 64 k a panel.
   using Matrix = ValueMajorImage<D, D>;
   static constexpr bool kHoldsLow = D <= 128;  // both parts of D = 256 do not fit
+  static constexpr int kStages = D <= 128 ? 2 : 1;  // of q: parts on their way
+  static constexpr int kStageBytes = 2 * kBlocks * kThreads * 16;
   static constexpr int kAlign = 1024;
-  static constexpr int kSmemBytes = kAlign + (kHoldsLow ? 2 : 1) * Matrix::kBytes;
+  static constexpr int kRing = (kHoldsLow ? 2 : 1) * Matrix::kBytes;  // offset
+  static constexpr int kSmemBytes = kAlign + kRing + kStages * kStageBytes;
+  static_assert(kSmemBytes <= 220 * 1024, "room for a CTA that unpacks keys");
 
   // Dim of the rotated q in column `column` of the product.
   TQ4_HOST_DEVICE static constexpr int column_dim(int column) {
@@ -54,11 +63,13 @@ struct PrepareConfig {
   }
 };
 
+// The CTA's share of the matrix of the output rotation, a chunk a thread.
 template <int D>
 __device__ __forceinline__ void write_rotation_image(const float* rotation, uint8_t* image) {
   using Image = WgmmaImage<D>;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < D * (D / 8); i += PrepareConfig<D>::kThreads) {
+#pragma unroll 1
+  for (int i = threadIdx.x * gridDim.x + blockIdx.x; i < D * (D / 8);
+       i += gridDim.x * PrepareConfig<D>::kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8);
     uint32_t words[4];
 #pragma unroll
@@ -101,13 +112,16 @@ struct MatrixBatch {
   // is a low part.
   __device__ __forceinline__ bool store(int first, float unit, uint32_t high, uint32_t low) const {
     bool has_low = false;
+    const float inverse = __frcp_rn(unit);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int at = Config::Matrix::offset(index(first, i) / kChunks, index(first, i) % kChunks);
       uint32_t h[4], l[4];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        const float a = __fdividef(v[i][pair].x, unit), b = __fdividef(v[i][pair].y, unit);
+        // Correctly rounded: entries of a Hadamard matrix become one exactly.
+        const float a = query_quotient(v[i][pair].x, unit, inverse);
+        const float b = query_quotient(v[i][pair].y, unit, inverse);
         h[pair] = ptx::pack_f16x2(a, b);
         const float2 rounded = unpack_pair(h[pair], DType::kFloat16);
         has_low |= a != rounded.x || b != rounded.y;
@@ -136,17 +150,18 @@ __device__ __forceinline__ bool load_rotation(const float* rotation, float unit,
   return has_low;
 }
 
-// The lane's two rows as loaded: chunk b of a q to be rotated is dims 32 b + 8 t .. + 7, of a
-// rotated one dims 8 b .. + 7 of its quarter.
-template <int D>
-struct RawRows {
-  uint4 chunk[2][D / 32];
-};
-
-// Rows of part `part` of all images; false if there is none.
+// Chunk b of row i of a thread in a stage of the ring: dims 32 b + 8 t .. + 7 of a q to be rotated,
+// dims 8 b .. + 7 of its quarter of a rotated one.
 template <typename Config>
-__device__ __forceinline__ bool load_rows(const AttentionParams& p, int part, int num_parts,
-                                          RawRows<Config::D>& raw) {
+__device__ __forceinline__ uint32_t ring_chunk(uint32_t stage, int i, int b) {
+  return stage + ((i * Config::kBlocks + b) * Config::kThreads + ptx::thread_idx_volatile()) * 16;
+}
+
+// Starts copying the rows of part `part` of all images; false if there is none.  Rows past the last
+// of their sequence repeat it; nobody reads their results.
+template <typename Config>
+__device__ __forceinline__ bool copy_rows(const AttentionParams& p, int part, int num_parts,
+                                          uint32_t stage) {
   constexpr int D = Config::D;
   if (part >= num_parts) return false;
   const int heads = p.cache.num_kv_heads, group = p.num_q_heads / heads;
@@ -160,7 +175,8 @@ __device__ __forceinline__ bool load_rows(const AttentionParams& p, int part, in
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row =
-        tile.first_row + part % Config::kParts * 64 + thread % 128 / 32 * 16 + g + 8 * i;
+        min(tile.first_row + part % Config::kParts * 64 + thread % 128 / 32 * 16 + g + 8 * i,
+            tile.q_len * group - 1);
     const int token = row / group;
     const auto* src = reinterpret_cast<const uint4*>(
         static_cast<const uint16_t*>(p.q) + (tile.q_begin + token) * p.q_token_stride +
@@ -168,32 +184,61 @@ __device__ __forceinline__ bool load_rows(const AttentionParams& p, int part, in
     const int step = rotates ? 4 : 1;
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
-      raw.chunk[i][b] = make_uint4(0, 0, 0, 0);
-      if (token < tile.q_len) raw.chunk[i][b] = __ldg(src + b * step);
+      ptx::cp_async<16>(ring_chunk<Config>(stage, i, b), src + b * step);
     }
   }
   return true;
 }
 
-// c (+)= q M for one part of the matrix.
+// What brings the lane's rows of a stage into fp16's range.
 template <typename Config>
-__device__ __forceinline__ void rotate_rows(const RawRows<Config::D>& raw, uint32_t matrix,
-                                            bool accumulate, float (&c)[Config::kRegs]) {
-  ptx::wgmma_fence();
+__device__ __forceinline__ void find_row_scales(DType dtype, uint32_t stage, float (&scale)[2]) {
+  if (dtype != DType::kBFloat16) return;
 #pragma unroll
-  for (int step = 0; step < Config::kSteps; ++step) {
-    const uint4& x = raw.chunk[0][step / 2];
-    const uint4& y = raw.chunk[1][step / 2];
-    const uint32_t a[4] = {step % 2 ? x.z : x.x, step % 2 ? y.z : y.x, step % 2 ? x.w : x.y,
-                           step % 2 ? y.w : y.y};
-    const uint64_t b =
-        ptx::wgmma_descriptor(matrix + step / 4 * Config::Matrix::kPanelBytes + step % 4 * 32, 16,
-                              1024, ptx::WgmmaSwizzle::k128B);
-    ptx::wgmma_f16<false>(c, a, b, accumulate || step > 0);
+  for (int i = 0; i < 2; ++i) {
+    float largest = 0.f;
+#pragma unroll
+    for (int b = 0; b < Config::kBlocks; ++b) {
+      largest =
+          fmaxf(largest, largest_of8(ptx::ld_shared_v4(ring_chunk<Config>(stage, i, b)), dtype));
+    }
+    scale[i] = fp16_row_scale(quad_max_nan(largest));
   }
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  ptx::wgmma_hold(c);
+}
+
+// c (+)= q M for one part of the matrix, some blocks of dims at a time: A fragments stay in
+// registers until their products are done.
+template <typename Config>
+__device__ __forceinline__ void rotate_rows(DType dtype, uint32_t stage, const float (&row_scale)[2],
+                                            uint32_t matrix, bool accumulate,
+                                            float (&c)[Config::kRegs]) {
+#pragma unroll
+  for (int first = 0; first < Config::kBlocks; first += Config::kPieceBlocks) {
+    uint32_t raw[2][Config::kPieceBlocks][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int b = 0; b < Config::kPieceBlocks; ++b) {
+        to_fp16(ptx::ld_shared_v4(ring_chunk<Config>(stage, i, first + b)), row_scale[i], dtype,
+                raw[i][b]);
+      }
+    }
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2 * Config::kPieceBlocks; ++k) {
+      const uint32_t (&x)[4] = raw[0][k / 2];
+      const uint32_t (&y)[4] = raw[1][k / 2];
+      const int step = 2 * first + k, e = k % 2 * 2;
+      const uint32_t a[4] = {x[e], y[e], x[e + 1], y[e + 1]};
+      const uint64_t b =
+          ptx::wgmma_descriptor(matrix + step / 4 * Config::Matrix::kPanelBytes + step % 4 * 32, 16,
+                                1024, ptx::WgmmaSwizzle::k128B);
+      ptx::wgmma_f16<false>(c, a, b, accumulate || step > 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_hold(c);
+  }
 }
 
 // Row i of the lane in c, which holds q_rot * row_scale / unit, to its image: codes and row scale.
@@ -255,26 +300,21 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
 
 // Image (slot, KV head) at images + (slot * Hkv + head) * QueryImage::kBytes.
 template <int D>
-__global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
+__global__ void __maxnreg__(PrepareConfig<D>::kRegisters)
     prepare_queries_kernel(const __grid_constant__ AttentionParams p, uint8_t* images,
                            int num_images, uint8_t* rotation_image, int32_t* counters,
                            int num_counters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Config = PrepareConfig<D>;
   ptx::allow_dependent_launch();
-  if (blockIdx.x == gridDim.x - 1) {
-    for (int i = threadIdx.x; i < num_counters; i += Config::kThreads) counters[i] = 0;
-    if (p.out_rotation != nullptr) write_rotation_image<D>(p.out_rotation, rotation_image);
-    return ptx::wait_for_predecessor();
-  }
   const uint32_t high =
       round_up(ptx::smem_address(ptx::dynamic_shared()), static_cast<uint32_t>(Config::kAlign));
   const uint32_t low = Config::kHoldsLow ? high + Config::Matrix::kBytes : 0;
+  const uint32_t ring = high + Config::kRing;
   const int num_parts = num_images * Config::kParts;
-  const int stride = (gridDim.x - 1) * Config::kGroups;
+  const int stride = gridDim.x * Config::kGroups;
   const int own = threadIdx.x / 128;  // the warpgroup's part of those that the CTA takes at once
 
-  RawRows<D> raw;
   int first = blockIdx.x * Config::kGroups;
   // The matrix travels while the rows are looked up, where it is one batch.
   constexpr bool kEarly = MatrixBatch<Config>::kTotal <= MatrixBatch<Config>::kStep;
@@ -284,7 +324,18 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     unit = rotation_unit(p.q_rotation);
     if constexpr (kEarly) matrix.load(p.q_rotation, threadIdx.x);
   }
-  bool exists = load_rows<Config>(p, first + own, num_parts, raw);
+  uint32_t exist = 0;  // bit i: there is something in stage i
+#pragma unroll
+  for (int i = 0; i < Config::kStages; ++i) {
+    if (copy_rows<Config>(p, first + i * stride + own, num_parts, ring + i * Config::kStageBytes)) {
+      exist |= 1u << i;
+    }
+    ptx::cp_async_commit();
+  }
+  if (p.out_rotation != nullptr) write_rotation_image<D>(p.out_rotation, rotation_image);
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < num_counters; i += Config::kThreads) counters[i] = 0;
+  }
   bool any_low = false;
   if (p.q_rotation != nullptr) {
     bool has_low;
@@ -296,14 +347,18 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     ptx::fence_shared_async();            // the matrix is read by the tensor cores
     any_low = __syncthreads_or(has_low);  // the matrix is complete
   }
+  int stage = 0;
+#pragma unroll 1
   for (; first < num_parts; first += stride) {
+    const uint32_t rows = ring + stage * Config::kStageBytes;
+    ptx::cp_async_wait<Config::kStages - 1>();  // the thread's own copies
     float c[Config::kRegs], row_scale[2] = {1.f, 1.f};
     if (p.q_rotation == nullptr) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int b = 0; b < Config::kBlocks; ++b) {
-          const uint4& x = raw.chunk[i][b];
+          const uint4 x = ptx::ld_shared_v4(ring_chunk<Config>(rows, i, b));
           const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
           for (int u = 0; u < 4; ++u) {
@@ -314,32 +369,18 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
         }
       }
     } else {
-      if (p.dtype == DType::kBFloat16) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float largest = 0.f;
-#pragma unroll
-          for (int b = 0; b < Config::kBlocks; ++b) {
-            largest = fmaxf(largest, largest_of8(raw.chunk[i][b], p.dtype));
-          }
-          row_scale[i] = fp16_row_scale(quad_max_nan(largest));
-#pragma unroll
-          for (int b = 0; b < Config::kBlocks; ++b) {
-            uint32_t x[4];
-            to_fp16(raw.chunk[i][b], row_scale[i], p.dtype, x);
-            raw.chunk[i][b] = make_uint4(x[0], x[1], x[2], x[3]);
-          }
-        }
+      find_row_scales<Config>(p.dtype, rows, row_scale);
+      rotate_rows<Config>(p.dtype, rows, row_scale, high, false, c);
+      if (Config::kHoldsLow && any_low) {
+        rotate_rows<Config>(p.dtype, rows, row_scale, low, true, c);
       }
-      rotate_rows<Config>(raw, high, false, c);
-      if (Config::kHoldsLow && any_low) rotate_rows<Config>(raw, low, true, c);
       if constexpr (!Config::kHoldsLow) {
         if (any_low) {      // the parts take turns in shared memory
           __syncthreads();  // the high part has been read
           load_rotation<Config>(p.q_rotation, unit, 0, high);
           ptx::fence_shared_async();
           __syncthreads();  // the low part is complete
-          rotate_rows<Config>(raw, high, true, c);
+          rotate_rows<Config>(p.dtype, rows, row_scale, high, true, c);
           __syncthreads();  // the low part has been read
           load_rotation<Config>(p.q_rotation, unit, high, 0);
           ptx::fence_shared_async();
@@ -347,12 +388,19 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
         }
       }
     }
-    const bool now = exists;
-    // In between, as the next rows then take registers that this one has left.
-    if (now) write_row<Config, 0>(p, unit, row_scale[0], c, first + own, images);
-    exists = load_rows<Config>(p, first + stride + own, num_parts, raw);
-    if (now) write_row<Config, 1>(p, unit, row_scale[1], c, first + own, images);
+    const bool exists = exist >> stage & 1;
+    exist &= ~(1u << stage);
+    if (copy_rows<Config>(p, first + Config::kStages * stride + own, num_parts, rows)) {
+      exist |= 1u << stage;
+    }
+    ptx::cp_async_commit();
+    stage = (stage + 1) % Config::kStages;
+    if (exists) {
+      write_row<Config, 0>(p, unit, row_scale[0], c, first + own, images);
+      write_row<Config, 1>(p, unit, row_scale[1], c, first + own, images);
+    }
   }
+  ptx::cp_async_wait<0>();
   // The end of this kernel stands for the end of those before it.
   ptx::wait_for_predecessor();
 #endif

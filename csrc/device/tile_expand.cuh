@@ -34,10 +34,10 @@
 
 namespace tq4 {
 
-constexpr int kExpandThreads = 256;
-// CTAs an SM: enough loads in flight to hide that a code waits for its entry of the block table; a
-// fourth would leave too few registers.
-constexpr int kExpandCtas = 3;
+constexpr int kExpandThreads = 128;
+// CTAs an SM: enough loads in flight to hide that a code waits for its entry of the block table.
+// With 64 registers a thread one of them finds room beside a CTA that prepares queries.
+constexpr int kExpandCtas = 8;
 
 // The tokens of one tile in the cache.
 struct TileSource {
@@ -56,16 +56,19 @@ struct PageShape {
 // A token in the cache.  One that is not there is read as the sequence's last one, so that no load
 // depends on a branch; whoever uses it selects zeros instead.
 struct TokenPlace {
-  int entry, in_block;
-  bool there;
+  int block, in_block;
 };
 
 __device__ __forceinline__ TokenPlace find_token(const PageShape& shape, const TileSource& source,
                                                  int token) {
-  const int wanted = source.first_key + token, key = min(wanted, source.last_key);
+  const int key = min(source.first_key + token, source.last_key);
   const int entry = static_cast<int>(shape.block_size.quotient(key));
-  return {entry, key - entry * static_cast<int>(shape.block_size.divisor),
-          wanted <= source.last_key};
+  return {__ldg(source.table + entry),
+          key - entry * static_cast<int>(shape.block_size.divisor)};
+}
+
+__device__ __forceinline__ bool is_there(const TileSource& source, int token) {
+  return source.first_key + token <= source.last_key;
 }
 
 __device__ __forceinline__ uint32_t load_word(const uint8_t* p) {
@@ -77,7 +80,7 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* p) {
 template <int kTotal>
 struct ChunkBatches {
   static constexpr int kSteps = ceil_div(kTotal, kExpandThreads);
-  static constexpr int kBatch = kSteps < 4 ? kSteps : 4;
+  static constexpr int kBatch = kSteps < 4 ? kSteps : kSteps % 4 != 0 && kSteps % 3 == 0 ? 3 : 4;
   static constexpr int kStride = kBatch * kExpandThreads;
 
   __device__ __forceinline__ static int index(int first, int i) {
@@ -98,18 +101,16 @@ __device__ __forceinline__ void expand_keys(const PageView& view, const PageShap
   for (int first = threadIdx.x; first < Image::kTileTokens * Image::kKeyChunks;
        first += Batches::kStride) {
     TokenPlace place[kBatch];
-    int block[kBatch];
     uint2 words[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       place[i] = find_token(shape, source, Batches::index(first, i) / Image::kKeyChunks);
-      block[i] = __ldg(source.table + place[i].entry);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int chunk = Batches::index(first, i) % Image::kKeyChunks;
       const uint8_t* src =
-          view.base + block[i] * view.block_stride +
+          view.base + place[i].block * view.block_stride +
           (head_offset + place[i].in_block * view.code_token_stride + Image::key_dim(chunk) / 2);
       if (kWholeChunks && shape.copy8) {
         words[i] = __ldg(reinterpret_cast<const uint2*>(src));
@@ -125,7 +126,7 @@ __device__ __forceinline__ void expand_keys(const PageView& view, const PageShap
       unpack_int8(words[i].x, codes, x.x, x.y);
       unpack_int8(words[i].y, codes, x.z, x.w);
       if (Image::key_dims(chunk) == 8) x.z = x.w = 0;
-      if (!place[i].there) x = make_uint4(0, 0, 0, 0);
+      if (!is_there(source, token)) x = make_uint4(0, 0, 0, 0);
       *reinterpret_cast<uint4*>(image + Image::key_offset(token, chunk)) = x;
     }
   }
@@ -143,18 +144,16 @@ __device__ __forceinline__ void expand_values(const PageView& view, const PageSh
 #pragma unroll 1
   for (int first = threadIdx.x; first < Image::kTileTokens * kChunks; first += Batches::kStride) {
     TokenPlace place[kBatch];
-    int block[kBatch];
     uint32_t words[kBatch];
     float norms[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       place[i] = find_token(shape, source, Batches::index(first, i) / kChunks);
-      block[i] = __ldg(source.table + place[i].entry);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int chunk = Batches::index(first, i) % kChunks;
-      const uint8_t* page = view.base + block[i] * view.block_stride;
+      const uint8_t* page = view.base + place[i].block * view.block_stride;
       words[i] =
           load_word(page + (code_offset + place[i].in_block * view.code_token_stride + 4 * chunk));
       norms[i] = __uint_as_float(
@@ -169,8 +168,9 @@ __device__ __forceinline__ void expand_values(const PageView& view, const PageSh
       unpack_fp16(words[i], high, low, x);
       uint4 y = make_uint4(ptx::mul_f16x2(x[0], norm2), ptx::mul_f16x2(x[1], norm2),
                            ptx::mul_f16x2(x[2], norm2), ptx::mul_f16x2(x[3], norm2));
-      if (!place[i].there) y = make_uint4(0, 0, 0, 0);
-      *reinterpret_cast<uint4*>(image + Image::value_offset(index / kChunks, index % kChunks)) = y;
+      const int token = index / kChunks;
+      if (!is_there(source, token)) y = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(image + Image::value_offset(token, index % kChunks)) = y;
     }
   }
 }
@@ -182,11 +182,10 @@ __device__ __forceinline__ void expand_scales(const PageView& view, const PageSh
 #pragma unroll 1
   for (int token = threadIdx.x; token < Image::kTileTokens; token += kExpandThreads) {
     const TokenPlace place = find_token(shape, source, token);
-    const int block = __ldg(source.table + place.entry);
     const float norm =
-        __uint_as_float(load_word(view.base + block * view.block_stride +
+        __uint_as_float(load_word(view.base + place.block * view.block_stride +
                                   (norm_offset + place.in_block * view.norm_token_stride)));
-    Image::write_scale(image, token, place.there ? norm : 0.f);
+    Image::write_scale(image, token, is_there(source, token) ? norm : 0.f);
   }
 }
 

@@ -50,26 +50,25 @@ void launch(const AttentionParams& p, Stream stream) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   plan.tiles.tiles = workspace + plan.tiles_offset;
   const auto images = static_cast<unsigned>(plan.num_images);
-  // No more CTAs than there may be tiles: those of the next kernel find room beside them.
   const auto expand_grid =
       static_cast<unsigned>(std::min<int64_t>(p.num_sms * kExpandCtas, plan.tiles.capacity));
-  const auto expand = [&](int pass, bool overlapped) {
-    launch_dependent_kernel(overlapped, expand_tiles_kernel<WgmmaImage<D>>, dim3(expand_grid),
+  const auto expand = [&](int pass) {
+    launch_dependent_kernel(true, expand_tiles_kernel<WgmmaImage<D>>, dim3(expand_grid),
                             dim3(kExpandThreads), 0, stream, p, plan.tiles, pass);
   };
   // Each kernel starts when the one before leaves room, and waits for all before it at its end (or
-  // before it reads what they wrote).
-  expand(0, false);
+  // before it reads what they wrote).  Queries first, as that takes longer: one CTA an SM, so that
+  // none of them has to wait for another and those of the expansion start beside them.
   const unsigned prepare_grid =
       std::min(ceil_div(images * Prepare::kParts, static_cast<unsigned>(Prepare::kGroups)),
                static_cast<unsigned>(p.num_sms));
-  launch_dependent_kernel(
-      true, prepare_queries_kernel<D>, dim3(prepare_grid + 1), dim3(Prepare::kThreads),
-      Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries, static_cast<int>(images),
-      workspace + plan.buffers.rotation,
-      reinterpret_cast<int32_t*>(workspace + plan.buffers.counters), plan.tiles.num_passes);
+  launch_kernel(prepare_queries_kernel<D>, dim3(prepare_grid), dim3(Prepare::kThreads),
+                Prepare::kSmemBytes, stream, p, workspace + plan.buffers.queries,
+                static_cast<int>(images), workspace + plan.buffers.rotation,
+                reinterpret_cast<int32_t*>(workspace + plan.buffers.counters),
+                plan.tiles.num_passes);
   for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
-    if (pass > 0) expand(pass, true);
+    expand(pass);
     launch_dependent_kernel(
         true, wgmma_prefill_kernel<D>, dim3(std::min(images, static_cast<unsigned>(p.num_sms))),
         dim3(Config::kThreads), Config::kSmemBytes, stream, p, plan.tiles, plan.buffers, pass);

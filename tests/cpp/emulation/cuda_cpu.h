@@ -30,6 +30,7 @@
 #define __noinline__
 #define __restrict__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static  // CTAs run one after the other
 
