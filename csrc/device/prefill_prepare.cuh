@@ -45,13 +45,17 @@ struct PrepareConfig {
   static constexpr int kRegs = D / 2;                       // accumulators a lane
   // R as the K-major operand: row = column of the product, 64 k a panel.
   using Matrix = ValueMajorImage<D, D>;
-  static constexpr bool kHoldsLow = D <= 128;  // both parts of D = 256 do not fit
+  static constexpr bool kHoldsLow = D <= 128;       // both parts of D = 256 do not fit
   static constexpr int kStages = D <= 128 ? 2 : 1;  // of q: parts on their way
   static constexpr int kStageBytes = 2 * kBlocks * kThreads * 16;
   static constexpr int kAlign = 1024;
   static constexpr int kRing = (kHoldsLow ? 2 : 1) * Matrix::kBytes;  // offset
-  static constexpr int kSmemBytes = kAlign + kRing + kStages * kStageBytes;
-  static_assert(kSmemBytes <= 220 * 1024, "room for a CTA that unpacks keys");
+  static constexpr int kRotationChunks = kRing + kStages * kStageBytes;
+  static constexpr int kSmemBytes = kAlign + kRotationChunks + 32 * kThreads;
+  // An SM's shared memory comes in steps, of which 196 KB is the last but one: beyond it, a CTA
+  // that unpacks keys finds room beside this one.
+  static_assert(D != 128 || kSmemBytes > 196 * 1024);
+  static_assert(kSmemBytes <= 212 * 1024);
 
   // Dim of the rotated q in column `column` of the product.
   TQ4_HOST_DEVICE static constexpr int column_dim(int column) {
@@ -63,25 +67,34 @@ struct PrepareConfig {
   }
 };
 
-// The CTA's share of the matrix of the output rotation, a chunk a thread.
+// Chunk `index` of the matrix of the output rotation, dealt out over the threads of the grid.  It
+// passes through 32 bytes of shared memory, so that nothing waits for it.
 template <int D>
-__device__ __forceinline__ void write_rotation_image(const float* rotation, uint8_t* image) {
-  using Image = WgmmaImage<D>;
-#pragma unroll 1
-  for (int i = threadIdx.x * gridDim.x + blockIdx.x; i < D * (D / 8);
-       i += gridDim.x * PrepareConfig<D>::kThreads) {
-    const int row = i / (D / 8), chunk = i % (D / 8);
+struct RotationChunk {
+  uint32_t place;
+  int index;
+
+  __device__ __forceinline__ bool exists() const { return index < D * (D / 8); }
+
+  __device__ __forceinline__ void copy(const float* rotation) const {
+    const float* row = rotation + index / (D / 8) * D;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      ptx::cp_async<8>(place + 8 * pair, row + WgmmaImage<D>::rotation_dim(index % (D / 8), pair));
+    }
+  }
+
+  __device__ __forceinline__ void write(uint8_t* image) const {
     uint32_t words[4];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const float2 v = __ldg(
-          reinterpret_cast<const float2*>(rotation + row * D + Image::rotation_dim(chunk, pair)));
-      words[pair] = ptx::pack_f16x2(v.x, v.y);
+      const uint2 v = ptx::ld_shared_v2(place + 8 * pair);
+      words[pair] = ptx::pack_f16x2(__uint_as_float(v.x), __uint_as_float(v.y));
     }
-    *reinterpret_cast<uint4*>(image + Image::rotation_offset(row, chunk)) =
-        make_uint4(words[0], words[1], words[2], words[3]);
+    const int at = WgmmaImage<D>::rotation_offset(index / (D / 8), index % (D / 8));
+    *reinterpret_cast<uint4*>(image + at) = make_uint4(words[0], words[1], words[2], words[3]);
   }
-}
+};
 
 // Some of this thread's chunks of R, all in flight together.
 template <typename Config>
@@ -91,9 +104,10 @@ struct MatrixBatch {
   static constexpr int kStep = kBatch * Config::kThreads;
   float2 v[kBatch][4];
 
-  // The last chunk may be made twice, of the same bytes.
+  // Each CTA begins elsewhere: the L2 serves those that want the same line one after the other.
+  // Some chunks may be made twice, of the same bytes.
   __device__ __forceinline__ static int index(int first, int i) {
-    return min(first + i * Config::kThreads, kTotal - 1);
+    return static_cast<int>((first + i * Config::kThreads + blockIdx.x * 128u) % kTotal);
   }
 
   __device__ __forceinline__ void load(const float* rotation, int first) {
@@ -209,9 +223,9 @@ __device__ __forceinline__ void find_row_scales(DType dtype, uint32_t stage, flo
 // c (+)= q M for one part of the matrix, some blocks of dims at a time: A fragments stay in
 // registers until their products are done.
 template <typename Config>
-__device__ __forceinline__ void rotate_rows(DType dtype, uint32_t stage, const float (&row_scale)[2],
-                                            uint32_t matrix, bool accumulate,
-                                            float (&c)[Config::kRegs]) {
+__device__ __forceinline__ void rotate_rows(DType dtype, uint32_t stage,
+                                            const float (&row_scale)[2], uint32_t matrix,
+                                            bool accumulate, float (&c)[Config::kRegs]) {
 #pragma unroll
   for (int first = 0; first < Config::kBlocks; first += Config::kPieceBlocks) {
     uint32_t raw[2][Config::kPieceBlocks][4];
@@ -324,6 +338,10 @@ __global__ void __maxnreg__(PrepareConfig<D>::kRegisters)
     unit = rotation_unit(p.q_rotation);
     if constexpr (kEarly) matrix.load(p.q_rotation, threadIdx.x);
   }
+  RotationChunk<D> chunk{high + Config::kRotationChunks + 32 * threadIdx.x,
+                         static_cast<int>(threadIdx.x * gridDim.x + blockIdx.x)};
+  const bool has_output = p.out_rotation != nullptr && chunk.exists();
+  if (has_output) chunk.copy(p.out_rotation);
   uint32_t exist = 0;  // bit i: there is something in stage i
 #pragma unroll
   for (int i = 0; i < Config::kStages; ++i) {
@@ -332,7 +350,6 @@ __global__ void __maxnreg__(PrepareConfig<D>::kRegisters)
     }
     ptx::cp_async_commit();
   }
-  if (p.out_rotation != nullptr) write_rotation_image<D>(p.out_rotation, rotation_image);
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < num_counters; i += Config::kThreads) counters[i] = 0;
   }
@@ -398,6 +415,16 @@ __global__ void __maxnreg__(PrepareConfig<D>::kRegisters)
     if (exists) {
       write_row<Config, 0>(p, unit, row_scale[0], c, first + own, images);
       write_row<Config, 1>(p, unit, row_scale[1], c, first + own, images);
+    }
+  }
+  if (has_output) {
+    while (true) {
+      ptx::cp_async_wait<0>();
+      chunk.write(rotation_image);
+      chunk.index += gridDim.x * Config::kThreads;
+      if (!chunk.exists()) break;
+      chunk.copy(p.out_rotation);
+      ptx::cp_async_commit();
     }
   }
   ptx::cp_async_wait<0>();

@@ -16,16 +16,19 @@
 // 3, 2), values fp16(c / v_unit) * fp16(norm * v_unit).  Tokens past the end of a sequence are
 // zeros.
 //
-// A thread makes one chunk at a time: neighbouring lanes write neighbouring chunks of a token, so
-// that a warp writes whole lines wherever the policy keeps the chunks of a token (or eight of them)
-// together.  That matters more than wide reads: a tile is written with three times the bytes that
-// are read.
+// A CTA takes tiles in turn: the packed bytes of a tile come to shared memory in one go (two
+// threads a token, so that its page is looked up once), then a thread makes one chunk at a time.
+// Neighbouring lanes write neighbouring chunks of a token, so that a warp writes whole lines
+// wherever the policy keeps the chunks of a token (or eight of them) together: three times as many
+// bytes are written as are read.
 #pragma once
 #include <cstdint>
 
 #include "../params.h"
 #include "../ptx/arith.cuh"
+#include "../ptx/dynamic_smem.cuh"
 #include "../ptx/grid_dependency.cuh"
+#include "../ptx/smem.cuh"
 #include "codebook.cuh"
 #include "common.cuh"
 #include "page_copy.h"
@@ -45,147 +48,118 @@ struct TileSource {
   int first_key;         // of the tile
   int last_key;          // of the sequence
   int kv_head;
+
+  // The others are read as the last one, so that no load depends on a branch; whoever uses them
+  // selects zeros instead.
+  __device__ __forceinline__ bool has(int token) const { return first_key + token <= last_key; }
 };
 
 // What of the cache's shape is worked out once a CTA.
 struct PageShape {
   Divider block_size;
-  bool copy8;  // codes are 8-byte aligned
+  int width;  // of copies of codes
 };
 
-// A token in the cache.  One that is not there is read as the sequence's last one, so that no load
-// depends on a branch; whoever uses it selects zeros instead.
-struct TokenPlace {
-  int block, in_block;
+// A tile as packed in the cache.
+template <typename Image>
+struct alignas(16) PackedTile {
+  static constexpr int kRowBytes = Image::kHeadDim / 2;
+  uint8_t codes[2][Image::kTileTokens][kRowBytes];  // K, V
+  float norms[2][Image::kTileTokens];
 };
 
-__device__ __forceinline__ TokenPlace find_token(const PageShape& shape, const TileSource& source,
-                                                 int token) {
-  const int key = min(source.first_key + token, source.last_key);
-  const int entry = static_cast<int>(shape.block_size.quotient(key));
-  return {__ldg(source.table + entry),
-          key - entry * static_cast<int>(shape.block_size.divisor)};
+template <int kBytes, int kRowBytes>
+__device__ __forceinline__ void copy_codes(uint32_t dst, const uint8_t* src) {
+#pragma unroll(kRowBytes / kBytes <= 8 ? kRowBytes / kBytes : 4)
+  for (int i = 0; i < kRowBytes; i += kBytes) ptx::cp_async<kBytes>(dst + i, src + i);
 }
 
-__device__ __forceinline__ bool is_there(const TileSource& source, int token) {
-  return source.first_key + token <= source.last_key;
-}
-
-__device__ __forceinline__ uint32_t load_word(const uint8_t* p) {
-  return __ldg(reinterpret_cast<const uint32_t*>(p));
-}
-
-// Indices of up to four of a tile's chunks: what is loaded for them is in flight together.  Beyond
-// the end the last one is made again.
-template <int kTotal>
-struct ChunkBatches {
-  static constexpr int kSteps = ceil_div(kTotal, kExpandThreads);
-  static constexpr int kBatch = kSteps < 4 ? kSteps : kSteps % 4 != 0 && kSteps % 3 == 0 ? 3 : 4;
-  static constexpr int kStride = kBatch * kExpandThreads;
-
-  __device__ __forceinline__ static int index(int first, int i) {
-    const int chunk = first + i * kExpandThreads;
-    return kTotal % kStride == 0 ? chunk : min(chunk, kTotal - 1);
+// Starts copying the codes and norms of a tile: of one token's K or V each.
+template <typename Image>
+__device__ __forceinline__ void copy_packed(const PageView& view, const PageShape& shape,
+                                            const TileSource& source, PackedTile<Image>& packed) {
+  constexpr int kRowBytes = PackedTile<Image>::kRowBytes;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 2 * Image::kTileTokens; i += kExpandThreads) {
+    const int token = i / 2, side = i % 2;
+    const int key = min(source.first_key + token, source.last_key);
+    const int entry = static_cast<int>(shape.block_size.quotient(key));
+    const int in_block = key - entry * static_cast<int>(shape.block_size.divisor);
+    const uint8_t* page = view.base + __ldg(source.table + entry) * view.block_stride;
+    const uint8_t* codes =
+        page + ((side == 0 ? view.k_codes : view.v_codes) + source.kv_head * view.code_head_stride +
+                in_block * view.code_token_stride);
+    const uint8_t* norm =
+        page + ((side == 0 ? view.k_norms : view.v_norms) + source.kv_head * view.norm_head_stride +
+                in_block * view.norm_token_stride);
+    const uint32_t dst = ptx::smem_address(packed.codes[side][token]);
+    if (shape.width == 16) {
+      copy_codes<16, kRowBytes>(dst, codes);
+    } else if (shape.width == 8) {
+      copy_codes<8, kRowBytes>(dst, codes);
+    } else {
+      copy_codes<4, kRowBytes>(dst, codes);
+    }
+    ptx::cp_async<4>(ptx::smem_address(&packed.norms[side][token]), norm);
   }
-};
+  ptx::cp_async_commit();
+}
+
+// Chunks of a thread in flight together; one of D = 96, whose places take divisions.
+template <typename Image>
+constexpr int kChunksAtOnce = Image::kHeadDim == 96 ? 1 : 2;
 
 template <typename Image>
-__device__ __forceinline__ void expand_keys(const PageView& view, const PageShape& shape,
+__device__ __forceinline__ void expand_keys(const PackedTile<Image>& packed,
                                             const TileSource& source, const ByteTable& codes,
                                             uint8_t* image) {
-  using Batches = ChunkBatches<Image::kTileTokens * Image::kKeyChunks>;
-  constexpr int kBatch = Batches::kBatch;
-  constexpr bool kWholeChunks = Image::kKeyChunks * 16 == Image::kHeadDim;
-  const int head_offset = view.k_codes + source.kv_head * view.code_head_stride;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < Image::kTileTokens * Image::kKeyChunks;
-       first += Batches::kStride) {
-    TokenPlace place[kBatch];
-    uint2 words[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      place[i] = find_token(shape, source, Batches::index(first, i) / Image::kKeyChunks);
+  constexpr int kChunks = Image::kKeyChunks, kTotal = Image::kTileTokens * kChunks;
+  constexpr bool kWholeChunks = kChunks * 16 == Image::kHeadDim;
+#pragma unroll(kChunksAtOnce<Image>)
+  for (int i = threadIdx.x; i < kTotal; i += kExpandThreads) {
+    const int token = i / kChunks, chunk = i % kChunks;
+    const uint32_t src = ptx::smem_address(packed.codes[0][token]) + Image::key_dim(chunk) / 2;
+    uint2 words;
+    if constexpr (kWholeChunks) {
+      words = ptx::ld_shared_v2(src);
+    } else {
+      words.x = ptx::ld_shared_u32(src);
+      words.y = ptx::ld_shared_u32(src + (Image::key_dims(chunk) - 8) / 2);
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int chunk = Batches::index(first, i) % Image::kKeyChunks;
-      const uint8_t* src =
-          view.base + place[i].block * view.block_stride +
-          (head_offset + place[i].in_block * view.code_token_stride + Image::key_dim(chunk) / 2);
-      if (kWholeChunks && shape.copy8) {
-        words[i] = __ldg(reinterpret_cast<const uint2*>(src));
-      } else {
-        words[i] = make_uint2(load_word(src), load_word(src + (Image::key_dims(chunk) - 8) / 2));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = Batches::index(first, i);
-      const int token = index / Image::kKeyChunks, chunk = index % Image::kKeyChunks;
-      uint4 x;
-      unpack_int8(words[i].x, codes, x.x, x.y);
-      unpack_int8(words[i].y, codes, x.z, x.w);
-      if (Image::key_dims(chunk) == 8) x.z = x.w = 0;
-      if (!is_there(source, token)) x = make_uint4(0, 0, 0, 0);
-      *reinterpret_cast<uint4*>(image + Image::key_offset(token, chunk)) = x;
-    }
+    uint4 x;
+    unpack_int8(words.x, codes, x.x, x.y);
+    unpack_int8(words.y, codes, x.z, x.w);
+    if (Image::key_dims(chunk) == 8) x.z = x.w = 0;
+    if (!source.has(token)) x = make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(image + Image::key_offset(token, chunk)) = x;
   }
 }
 
 template <typename Image>
-__device__ __forceinline__ void expand_values(const PageView& view, const PageShape& shape,
+__device__ __forceinline__ void expand_values(const PackedTile<Image>& packed,
                                               const TileSource& source, const ByteTable& high,
                                               const ByteTable& low, float v_unit, uint8_t* image) {
-  constexpr int kChunks = Image::kHeadDim / 8;
-  using Batches = ChunkBatches<Image::kTileTokens * kChunks>;
-  constexpr int kBatch = Batches::kBatch;
-  const int code_offset = view.v_codes + source.kv_head * view.code_head_stride;
-  const int norm_offset = view.v_norms + source.kv_head * view.norm_head_stride;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < Image::kTileTokens * kChunks; first += Batches::kStride) {
-    TokenPlace place[kBatch];
-    uint32_t words[kBatch];
-    float norms[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      place[i] = find_token(shape, source, Batches::index(first, i) / kChunks);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int chunk = Batches::index(first, i) % kChunks;
-      const uint8_t* page = view.base + place[i].block * view.block_stride;
-      words[i] =
-          load_word(page + (code_offset + place[i].in_block * view.code_token_stride + 4 * chunk));
-      norms[i] = __uint_as_float(
-          load_word(page + (norm_offset + place[i].in_block * view.norm_token_stride)));
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = Batches::index(first, i);
-      const float norm = norms[i] * v_unit;
-      const uint32_t norm2 = ptx::pack_f16x2(norm, norm);
-      uint32_t x[4];
-      unpack_fp16(words[i], high, low, x);
-      uint4 y = make_uint4(ptx::mul_f16x2(x[0], norm2), ptx::mul_f16x2(x[1], norm2),
-                           ptx::mul_f16x2(x[2], norm2), ptx::mul_f16x2(x[3], norm2));
-      const int token = index / kChunks;
-      if (!is_there(source, token)) y = make_uint4(0, 0, 0, 0);
-      *reinterpret_cast<uint4*>(image + Image::value_offset(token, index % kChunks)) = y;
-    }
+  constexpr int kChunks = Image::kHeadDim / 8, kTotal = Image::kTileTokens * kChunks;
+#pragma unroll(kChunksAtOnce<Image>)
+  for (int i = threadIdx.x; i < kTotal; i += kExpandThreads) {
+    const int token = i / kChunks, chunk = i % kChunks;
+    const float norm = packed.norms[1][token] * v_unit;
+    const uint32_t norm2 = ptx::pack_f16x2(norm, norm);
+    uint32_t x[4];
+    unpack_fp16(ptx::ld_shared_u32(ptx::smem_address(packed.codes[1][token]) + 4 * chunk), high,
+                low, x);
+    uint4 y = make_uint4(ptx::mul_f16x2(x[0], norm2), ptx::mul_f16x2(x[1], norm2),
+                         ptx::mul_f16x2(x[2], norm2), ptx::mul_f16x2(x[3], norm2));
+    if (!source.has(token)) y = make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(image + Image::value_offset(token, chunk)) = y;
   }
 }
 
 template <typename Image>
-__device__ __forceinline__ void expand_scales(const PageView& view, const PageShape& shape,
+__device__ __forceinline__ void expand_scales(const PackedTile<Image>& packed,
                                               const TileSource& source, uint8_t* image) {
-  const int norm_offset = view.k_norms + source.kv_head * view.norm_head_stride;
-#pragma unroll 1
   for (int token = threadIdx.x; token < Image::kTileTokens; token += kExpandThreads) {
-    const TokenPlace place = find_token(shape, source, token);
-    const float norm =
-        __uint_as_float(load_word(view.base + place.block * view.block_stride +
-                                  (norm_offset + place.in_block * view.norm_token_stride)));
-    Image::write_scale(image, token, is_there(source, token) ? norm : 0.f);
+    Image::write_scale(image, token, source.has(token) ? packed.norms[0][token] : 0.f);
   }
 }
 
@@ -231,15 +205,14 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
                         const __grid_constant__ TileWorkspace w, int pass) {
   __shared__ CodebookTables tables;
   __shared__ TileEnds tile_ends;
+  auto& packed = *reinterpret_cast<PackedTile<Image>*>(ptx::dynamic_shared());
   ptx::allow_dependent_launch();
   // An attention kernel of the pass before may still read the workspace.
   if (pass > 0) ptx::wait_for_predecessor();
-  if (threadIdx.x >= kExpandThreads - kWarpSize) {  // a warp that hardly ever scans a sequence
-    write_codebook_tables(&tables, p.k_codes, p.k_centroids, p.v_centroids);
-  }
+  bool has_tables = false;
   const PageView& view = p.cache;
   const int heads = view.num_kv_heads;
-  const PageShape shape{Divider::make(view.block_size), copy_width(view) >= 8};
+  const PageShape shape{Divider::make(view.block_size), copy_width(view)};
 
   const int64_t pass_begin = pass * w.pass_tiles, pass_end = pass_begin + w.capacity;
   int64_t tile_index = pass_begin + blockIdx.x;  // among the tiles of all passes
@@ -279,9 +252,17 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
       source.first_key = unit_keys(num_keys, q_len, p.window_left, w.tile_tokens).begin +
                          tile * Image::kTileTokens;
       uint8_t* image = w.tiles + (place.first_tile + tile) * static_cast<int64_t>(Image::kBytes);
-      expand_keys<Image>(view, shape, source, tables.k_codes, image);
-      expand_values<Image>(view, shape, source, tables.v_high, tables.v_low, tables.v_unit, image);
-      expand_scales<Image>(view, shape, source, image);
+      __syncthreads();  // the packed tile before has been read
+      copy_packed<Image>(view, shape, source, packed);
+      if (!has_tables && threadIdx.x < kWarpSize) {  // while the first tile is on its way
+        write_codebook_tables(&tables, p.k_codes, p.k_centroids, p.v_centroids);
+      }
+      has_tables = true;
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // all threads' copies have landed, and the tables are written
+      expand_keys<Image>(packed, source, tables.k_codes, image);
+      expand_values<Image>(packed, source, tables.v_high, tables.v_low, tables.v_unit, image);
+      expand_scales<Image>(packed, source, image);
     }
     tiles_before += tiles_here;
   }

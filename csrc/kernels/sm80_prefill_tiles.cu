@@ -42,8 +42,8 @@ void launch_prefill_tiles(const AttentionParams& p, Stream stream) {
       // The first one reads pages that kernels before this call may have written, and reads them
       // before it waits.
       launch_dependent_kernel(overlapped && pass > 0, expand_tiles_kernel<PrefillImage<Config>>,
-                              dim3(static_cast<unsigned>(expand_grid)), dim3(kExpandThreads), 0,
-                              stream, p, w, pass);
+                              dim3(static_cast<unsigned>(expand_grid)), dim3(kExpandThreads),
+                              sizeof(PackedTile<PrefillImage<Config>>), stream, p, w, pass);
       launch_dependent_kernel(overlapped, prefill_tiles_kernel<Config>,
                               dim3(prefill_grid<Config>(p)), dim3(Config::kThreads),
                               Config::kSmemBytes, stream, p, w, pass);
