@@ -186,6 +186,7 @@ def evaluate(
         import torch
 
         from .integrations import evaluate as module
+        from .integrations import report
 
         chosen = device.value
         if device is _Device.auto:
@@ -212,11 +213,11 @@ def evaluate(
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         typer.echo(f"tq4 eval: {error}", err=True)
         raise typer.Exit(1) from None
-    module.show(result)
+    report.show(result)
     if plot_file is not None:
-        module.plot(result, plot_file)
+        report.plot(result, plot_file)
     if json_file is not None:
-        typer.echo(f"record: {module.write(result, json_file)}")
+        typer.echo(f"record: {report.write(result, json_file)}")
 
 
 def main() -> None:
