@@ -35,7 +35,7 @@ from transformers.masking_utils import sdpa_mask
 
 import record
 from tq4.integrations import transformers as integration
-from tq4.integrations.evaluate import environment
+from tq4.integrations.report import environment
 from tq4.integrations.transformers import TQ4Cache, fold_rotation
 
 OP = "transformers-layer"

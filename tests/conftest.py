@@ -6,6 +6,7 @@ is first imported, hence here.  Tests marked ``gpu`` are skipped there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -61,14 +62,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 
 @pytest.fixture(autouse=True)
-def _same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def _same_start(request: pytest.FixtureRequest):
     """Every test begins with the same seeds, the automatic backend and the prefill kernel of its target."""
     callspec = getattr(request.node, "callspec", None)
-    unpack = getattr(callspec.params.get("target"), "unpack", None) if callspec is not None else None
-    if unpack is not None:
-        monkeypatch.setenv("TQ4_PREFILL_UNPACK", unpack)
-        monkeypatch.setenv("TQ4_PREFILL_SHORT", "prefill")  # that kernel, for short sequences too
-    random.seed(0)
-    torch.manual_seed(0)
-    yield
+    target = callspec.params.get("target") if callspec is not None else None
+    with getattr(target, "chosen", contextlib.nullcontext)():
+        random.seed(0)
+        torch.manual_seed(0)
+        yield
     tq4.set_backend(None)

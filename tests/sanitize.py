@@ -44,7 +44,6 @@ from support_attention import (
     new_cache,
     quantizer,
     run,
-    unpacking,
 )
 
 _PREFILL = [
@@ -91,7 +90,7 @@ def attend(case: Case, op: str, target: Target, device: str) -> None:
     problem = build(case, "cpu")
     moved = problem if device == "cpu" else problem.to(device)
     out = torch.full_like(problem.q, math.nan)
-    with unpacking(target.unpack):
+    with target.chosen():
         result, lse = run(moved, target.backend, op, out=out.to(device))
     answers = {mode: answer(problem, mode) for mode in (MODES if case.int8 else ("exact",))}
     judge(problem, answers, result.cpu(), lse.cpu(), f"{op} {target}")

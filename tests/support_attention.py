@@ -48,9 +48,9 @@ DTYPE_NAMES = {FLOAT16: "f16", BFLOAT16: "bf16", FLOAT32: "f32"}
 class Target:
     """One backend on one kind of device.
 
-    ``unpack`` asks the CUDA extension for one of its prefill kernels, whatever the shape: conftest.py puts it
-    into TQ4_PREFILL_UNPACK for the length of a test with a parameter ``target``, others use ``unpacking``.
-    There it also keeps sequences of few query tokens from the decode kernels.  None leaves the choice alone.
+    ``unpack`` asks the CUDA extension for one of its prefill kernels, whatever the shape; None leaves the
+    choice alone.  conftest.py makes it for the length of a test with a parameter ``target``, other tests and
+    scripts make it with :meth:`chosen`.
     """
 
     backend: str
@@ -64,6 +64,12 @@ class Target:
 
     def __str__(self) -> str:
         return self.name if self.device == "cuda" else f"{self.name}@{self.device}"
+
+    @contextlib.contextmanager
+    def chosen(self):
+        """The target's prefill kernel for a block, for sequences of few query tokens too."""
+        with unpacking(self.unpack), short_queries(None if self.unpack is None else "prefill"):
+            yield
 
     def require(self) -> None:
         """Skip the test when this machine cannot run the target; fail when TQ4_TEST_BACKENDS names it."""

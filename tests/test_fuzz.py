@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 import torch
 
-from support_attention import CUDA_TARGETS, MODES, UNPACK_TARGETS, Case, answer, build, judge, run, unpacking
+from support_attention import CUDA_TARGETS, MODES, UNPACK_TARGETS, Case, answer, build, judge, run
 from support_fuzz import fuzz_seed, random_case
 
 _LONGEST = 700  # keys of a sequence
@@ -50,7 +50,7 @@ def hold(case: Case, op: str, targets, who: str) -> None:
     answers = {mode: answer(problem, mode) for mode in (MODES if case.int8 else ("exact",))}
     for target in targets:
         name = f"{who}: {op} {target} {case!r}"
-        with unpacking(target.unpack):
+        with target.chosen():
             try:
                 out, lse = run(problem, target.backend, op)
             except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -16,8 +17,10 @@ for package in ("rich", "typer"):
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from support_transformers import feed, relative  # noqa: E402
+from support_transformers import feed, relative, tiny_model, tokens  # noqa: E402
 from tq4 import cli, layout  # noqa: E402
+from tq4.integrations import agreement, paired  # noqa: E402
+from tq4.integrations import cache as cache_module  # noqa: E402
 from tq4.integrations.transformers import TQ4Cache, fold_rotation  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +64,8 @@ def test_eval(model_folder, tmp_path, few_decoded):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.py"
     text.write_bytes(bytes(range(32, 127)) * 2)
-    options = "--device cpu --window 48 --windows 2 --chunk 20 --generate 5 --prompts 2 --prompt 16"
+    options = "--device cpu --window 48 --windows 2 --pair-windows 3 --chunk 20"
+    options += " --generate 5 --prompts 2 --prompt 16"
     plot, records = tmp_path / "plots" / "loss.png", tmp_path
     done = _invoke(
         "--model", str(model_folder), "--text", str(text), *options.split(), "--backends", "reference",
@@ -87,6 +91,12 @@ def test_eval(model_folder, tmp_path, few_decoded):
     assert default["nats"] == again["nats"] and again["agreement_with_tq4"] == 1.0
     assert default["nats"] != dense["nats"] and abs(default["nats"] / dense["nats"] - 1) < 0.1
     assert 0.5 < default["agreement"] < 1.0
+    assert again["vs_tq4"] == again["vs_tq4_error"] == 0.0 and again["greedy_same"] is None
+    assert abs(default["vs_dense"] - (default["nats"] / dense["nats"] - 1)) < 1e-6
+    assert default["vs_dense_error"] > 0.0 and f"{100 * default['vs_dense']:+.3f} ±" in done.output
+    scores = record["int8_vs_fp16"]
+    assert scores["tokens"] == 3 * 47 and scores["error"] > 0 and 0.5 < scores["agreement"] <= 1.0
+    assert f"nats {100 * scores['relative']:+.3f} ±" in done.output and record["backends"] is None
     for row in record["rows"]:
         assert row["ms"] > 0 and row["gbps"] > 0 and row["prefill_us"] > 0 and len(row["by_position"]) > 8
         assert row["hq"] == 2 and row["hkv"] == 1 and row["d"] == 64 and row["kv_len"] == 48
@@ -177,6 +187,125 @@ def test_folding_a_trained_model():
     assert relative(feed(model, None, ids, None, [96], "sdpa"), before) < 1e-2
     quality = feed(model, TQ4Cache(model), ids, None, [95, 1], "tq4")
     assert (quality.argmax(-1) == before.argmax(-1)).float().mean() > 0.85
+
+
+# ---- Paired differences.
+
+
+def test_change_is_the_ratio_of_means():
+    base = [torch.rand(40) + 0.5, torch.rand(40) + 0.5]
+    scaled = paired.change([1.25 * part for part in base], base, 8)
+    assert abs(scaled.relative - 0.25) < 1e-6 and scaled.error < 1e-6 and str(scaled).startswith("+25.000 ±")
+    alone = paired.change(base[:1], base[1:], 40)
+    assert alone.error is None and "±" not in str(alone)
+    with pytest.raises(ValueError, match="losses"):
+        paired.change(base, base[:1])
+
+
+def test_change_knows_its_error():
+    """Of equal runs with noise that tokens of a block share, two in three are within a standard error."""
+    block, within = 16, 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        base = [torch.rand(64 * block, generator=generator) + 0.5]
+        shared = 0.1 * torch.randn(64, generator=generator).repeat_interleave(block)
+        found = paired.change([base[0] + shared], base, block)
+        within += abs(found.relative) < found.error
+    assert 0.58 < within / 200 < 0.78
+
+
+# ---- Backends.
+
+
+@pytest.fixture
+def backends_to_compare(monkeypatch):
+    """Attention by the names "reference" and "again" (the same), and "other" (fp16 scores); store by one."""
+
+    def renamed(op, exact: bool):
+        def call(*arguments, backend: str | None, **options):
+            assert backend in (None, "reference", "again", "other")
+            if exact and backend == "other":
+                options["int8"] = False
+            calls.append((op.__name__, backend))
+            return op(*arguments, backend="reference", **options)
+
+        return call
+
+    calls: list[tuple[str, str]] = []
+    for name in ("decode", "prefill", "store"):
+        monkeypatch.setattr(cache_module, name, renamed(getattr(cache_module, name), exact=name != "store"))
+    return calls
+
+
+def test_backends_are_compared_on_their_own_caches_and_on_one(backends_to_compare):
+    model = tiny_model("llama", torch.bfloat16)
+    prompts, text = tokens(2, 24), tokens(2, 17, seed=2)
+    titles: list[str] = []
+    names = ["reference", "again", "other"]
+    options = {"max_length": 24 + 17}
+    with torch.no_grad():
+        found = agreement.compare(model, prompts, text, names, options, titles.append)
+    assert len(titles) == agreement.steps(names, 17) and found.tokens == 2 * 17
+    assert set(found.own_caches) == {"reference, again", "reference, other", "again, other"}
+    for shares in (found.own_caches, found.one_cache):
+        assert shares["reference, again"] == 1.0 and 0.5 < shares["again, other"] <= 1.0
+    # The same attention has no error, the other mode the small one of INT8 scores, in every layer.
+    assert found.attention_error["again"] == [0.0] * 4
+    assert all(0.0 < error < 0.03 for error in found.attention_error["other"])
+    assert set(found.with_text) == set(names)
+    with torch.no_grad():
+        assert agreement.compare(model, prompts, text, names[:1], options, titles.append) is None
+        with pytest.raises(ValueError, match="prompts"):
+            agreement.compare(model, prompts[:, :1], text, names, options, titles.append)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_one_cache_holds_what_its_first_backend_stores(backends_to_compare, architecture):
+    """Steps of others leave no trace, in pages or sliding layers: the first one chooses as if alone."""
+    model = tiny_model(architecture)
+    prompts, text = tokens(2, 24), tokens(2, 12, seed=2)
+    model.set_attn_implementation("tq4")
+    with torch.no_grad():
+        shared = agreement._SharedCache(model, backend="reference", max_length=36)
+        alone = TQ4Cache(model, backend="reference", max_length=36)
+        for cache in (shared, alone):
+            agreement._choose(model, cache, prompts)
+        shared.activate_past_recording()
+        names = ["reference", "other"]
+        choices = agreement._take_turns(model, shared, text, names, lambda title: None)
+        expected = [agreement._choose(model, alone, token) for token in text.split(1, 1)]
+    assert torch.equal(choices["reference"], torch.stack(expected, 1))
+    assert shared.get_seq_length() == alone.get_seq_length() == 36
+    for mine, other in zip(shared.tq4_layers, alone.tq4_layers, strict=True):
+        assert torch.equal(mine.pool.tensor, other.pool.tensor)
+    assert ("decode", "other") in backends_to_compare and all(shared.errors("other"))
+
+
+def test_eval_compares_backends(model_folder, tmp_path, few_decoded, backends_to_compare, monkeypatch):
+    """The table and the record of several backends."""
+    from tq4 import dispatch
+
+    monkeypatch.setattr(dispatch, "availability", lambda name, device: (True, ""))
+    text = tmp_path / "text.py"
+    text.write_bytes(bytes(range(32, 127)) * 2)
+    options = "--device cpu --window 48 --windows 1 --generate 5 --prompts 2 --prompt 16"
+    done = _invoke(
+        "--model", str(model_folder), "--text", str(text), *options.split(),
+        "--backends", "reference,other", "--json", str(tmp_path),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "cpu-transformers.json").read_text())
+    compared = record["backends"]
+    assert compared["backends"] == ["reference", "other"] and compared["tokens"] == 10
+    (pair,) = compared["own_caches"]
+    assert pair == "reference, other" and set(compared["one_cache"]) == {pair}
+    assert "own caches" in done.output and f"{compared['one_cache'][pair]:.4f}" in done.output
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    shown = script.render_transformers(record)
+    assert f"| {pair} | {compared['own_caches'][pair]:.4f} | {compared['one_cache'][pair]:.4f} |" in shown
+    assert f"{100 * record['int8_vs_fp16']['relative']:+.3f} % " not in shown  # the error follows
 
 
 def test_eval_needs_no_gpu_to_be_described():

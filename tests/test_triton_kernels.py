@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from tq4.backends import reference  # noqa: E402
 from tq4.backends import triton as backend  # noqa: E402
+from tq4.backends.arguments import Attention  # noqa: E402
 from tq4.triton_kernels import common, configs, encode  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on inf and NaN, in the interpreter
@@ -291,30 +293,16 @@ def _problem(seq_lens, query_lens, *, head_dim=64, group=2, kv_heads=1, rotation
         tq4.store(k, v, cache, slots, quantizer, backend="reference")
     starts = torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32)
     q = torch.randn(int(starts[-1]), kv_heads * group, head_dim, generator=generator).half()
-    return {
-        "q": q,
-        "cache": cache.tensor,
-        "block_table": table,
-        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
-        "query_start_loc": starts,
-        "q_rotation": quantizer.k_rotation,
-        "out_rotation": quantizer.v_rotation,
-        "k_centroids": quantizer.k_centroids,
-        "k_codes": quantizer.k_codes,
-        "k_code_scale": quantizer.k_code_scale,
-        "v_centroids": quantizer.v_centroids,
-        "sinks": None,
-        "num_kv_heads": kv_heads,
-        "sm_scale": head_dim**-0.5,
-        "max_query_len": max(query_lens),
-    }
+    lens = torch.tensor(seq_lens, dtype=torch.int32)
+    return Attention.of(
+        q, cache.tensor, table, lens, starts, quantizer, kv_heads, max_query_len=max(query_lens)
+    )
 
 
 def _answer(op, arguments, **changes):
-    arguments = arguments | changes
-    out = torch.full_like(arguments["q"], 7.0)
+    out = torch.full_like(arguments.q, 7.0)
     lse = torch.full((out.shape[1], out.shape[0]), 7.0)
-    op(out=out, lse=lse, **arguments)
+    op(**vars(replace(arguments, out=out, lse=lse, **changes)))
     return out, lse
 
 
@@ -341,7 +329,6 @@ def test_decode_of_many_rows_goes_to_the_prefill_kernel():
     expected, _ = _answer(reference.decode, arguments, int8=False)
     assert (out.float() - expected.float()).norm() <= 2e-3 * expected.float().norm()
     arguments = _problem([80, 33], [1, 1], group=66)
-    del arguments["query_start_loc"]
     out, _ = _answer(backend.decode, arguments, query_start_loc=None)
     expected, _ = _answer(reference.decode, arguments, query_start_loc=None, int8=False)
     assert (out.float() - expected.float()).norm() <= 2e-3 * expected.float().norm()
@@ -356,7 +343,7 @@ def test_bad_queries_stay_in_their_rows(op, rotation, int8):
     run = getattr(backend, op)
     clean, _ = _answer(run, arguments, int8=int8)
     for value in (float("nan"), float("inf")):
-        q = arguments["q"].clone()
+        q = arguments.q.clone()
         q[1, 0, 5] = value
         out, lse = _answer(run, arguments, q=q, int8=int8)
         assert out[1, 0].isnan().all() and lse[0, 1].isnan()
@@ -368,7 +355,7 @@ def test_bad_queries_stay_in_their_rows(op, rotation, int8):
 def test_zero_queries_average_the_visible_keys():
     """A zero row has scale 0; its masked scores must not become 0 * -inf."""
     arguments = _problem([40], [40])
-    q = torch.zeros_like(arguments["q"])
+    q = torch.zeros_like(arguments.q)
     out, lse = _answer(backend.prefill, arguments, q=q)
     expected, expected_lse = _answer(reference.prefill, arguments, q=q)
     assert (out.float() - expected.float()).norm() <= 1e-3 * expected.float().norm()

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ except ImportError:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
     import tq4
 from tq4.backends import triton as backend
+from tq4.backends.arguments import Attention
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -144,53 +145,43 @@ def attention_arguments(
     dtype: torch.dtype = torch.float16,
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-) -> dict[str, Any]:
-    """Arguments of torch.ops.tq4.prefill (uninitialised tensors: only their types and addresses matter)."""
+) -> Attention:
+    """Arguments of an attention op (uninitialised tensors: only their types and addresses matter)."""
     num_q_heads, num_kv_heads = heads
     quantizer = tq4.Quantizer(head_dim)
     cache = tq4.PagedCache(2, num_kv_heads, head_dim, block_size=page)
     q = torch.empty(batch * query_len, num_q_heads, head_dim, dtype=dtype)
-    return {
-        "q": q,
-        "cache": cache.tensor,
-        "block_table": torch.empty(batch, table_width, dtype=torch.int32),
-        "seq_lens": torch.empty(batch, dtype=torch.int32),
-        "query_start_loc": torch.empty(batch + 1, dtype=torch.int32),
-        "q_rotation": quantizer.k_rotation,
-        "out_rotation": quantizer.v_rotation,
-        "k_centroids": quantizer.k_centroids,
-        "k_codes": quantizer.k_codes,
-        "k_code_scale": quantizer.k_code_scale,
-        "v_centroids": quantizer.v_centroids,
-        "out": torch.empty_like(q),
-        "lse": None,
-        "sinks": None,
-        "num_kv_heads": num_kv_heads,
-        "sm_scale": head_dim**-0.5,
-        "causal": window == (-1, -1),
-        "window_left": window[0],
-        "window_right": window[1],
-        "softcap": softcap,
-        "max_query_len": query_len,
-        "int8": True,
-    }
+    return Attention.of(
+        q,
+        cache.tensor,
+        torch.empty(batch, table_width, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(batch + 1, dtype=torch.int32),
+        quantizer,
+        num_kv_heads,
+        causal=window == (-1, -1),
+        window_left=window[0],
+        window_right=window[1],
+        softcap=softcap,
+        max_query_len=query_len,
+    )
+
+
+def _hardware(architecture: int) -> backend.Hardware:
+    return backend.Hardware(divmod(architecture, 10), num_sms=132, ptx=True)
 
 
 def prefill(architecture: int, *, int8: bool = True, **shape: Any) -> list[Any]:
     """Launches of a prefill: queries, prefill."""
-    arguments = attention_arguments(**shape) | {"int8": int8}
-    return backend.prefill_launches(**arguments, capability=divmod(architecture, 10), ptx=True)
+    return backend.prefill_launches(replace(attention_arguments(**shape), int8=int8), _hardware(architecture))
 
 
 def decode(architecture: int, **shape: Any) -> list[Any]:
     """Launches of a decode: prepare, split, combine."""
     arguments = attention_arguments(**({"query_len": 1} | shape))
-    for name in ("k_codes", "k_code_scale", "int8"):
-        del arguments[name]
-    if arguments["max_query_len"] == 1:
-        arguments["query_start_loc"] = None
-    capability = divmod(architecture, 10)
-    return backend.decode_launches(**arguments, capability=capability, num_sms=132, ptx=True)
+    if arguments.max_query_len == 1:
+        arguments.query_start_loc = None
+    return backend.decode_launches(arguments, _hardware(architecture))
 
 
 def store(architecture: int, tokens: int = 4096, *, head_dim: int = 128, **kind: Any) -> list[Any]:

@@ -152,9 +152,17 @@ def evaluate(
     ],
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 8192,
     windows: Annotated[int, typer.Option(min=1, help="At most so many windows.")] = 4,
+    pair_windows: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Windows on which INT8 and fp16 scores are compared; only these two read those past "
+            "--windows.",
+        ),
+    ] = 0,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of one forward call.")] = 1024,
     edge: Annotated[int, typer.Option(min=1, help="Layers at each end in 'edge layers dense'.")] = 1,
-    backends: Annotated[str, typer.Option(help="Compare these too, such as cuda,triton,reference.")] = "",
+    backends: Annotated[str, typer.Option(help="Compare these, such as cuda,triton,reference.")] = "",
     generate: Annotated[int, typer.Option(min=0, help="Tokens to generate from each prompt; 0: none.")] = 256,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to generate from.")] = 16,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
@@ -178,6 +186,7 @@ def evaluate(
         import torch
 
         from .integrations import evaluate as module
+        from .integrations import report
 
         chosen = device.value
         if device is _Device.auto:
@@ -187,6 +196,7 @@ def evaluate(
             text=text,
             window=window,
             windows=windows,
+            pair_windows=pair_windows,
             chunk=chunk,
             edge=edge,
             backends=[name.strip() for name in backends.split(",") if name.strip()],
@@ -203,11 +213,11 @@ def evaluate(
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         typer.echo(f"tq4 eval: {error}", err=True)
         raise typer.Exit(1) from None
-    module.show(result)
+    report.show(result)
     if plot_file is not None:
-        module.plot(result, plot_file)
+        report.plot(result, plot_file)
     if json_file is not None:
-        typer.echo(f"record: {module.write(result, json_file)}")
+        typer.echo(f"record: {report.write(result, json_file)}")
 
 
 def main() -> None:

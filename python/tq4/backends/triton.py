@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +36,7 @@ from ..triton_kernels.encode import compress_kernel, store_kernel
 from ..triton_kernels.expand import decompress_kernel, gather_kernel
 from ..triton_kernels.prefill import prefill_kernel
 from ..triton_kernels.queries import queries_kernel
+from .arguments import Attention
 from .choices import decodes_short_queries
 
 #: What the interpreter pretends to be: few multiprocessors, so that tests with few keys split them.
@@ -395,6 +396,20 @@ def decompress(
     _run(out.device, launches)
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What launches of attention depend on: compute capability, multiprocessors, whether inline PTX runs."""
+
+    capability: tuple[int, int]
+    num_sms: int
+    ptx: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> Hardware:
+        """A device, or Triton's interpreter on a CPU."""
+        return cls(_capability(device), _sms(device), device.type == "cuda")
+
+
 def _rotated_queries(
     q: torch.Tensor,
     rotation: torch.Tensor | None,
@@ -434,412 +449,188 @@ def _rotated_queries(
     return rotated, row_scale, launch
 
 
-def prefill_launches(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    q_rotation: torch.Tensor | None,
-    out_rotation: torch.Tensor | None,
-    k_centroids: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_code_scale: float,
-    v_centroids: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    num_kv_heads: int,
-    sm_scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    max_query_len: int,
-    int8: bool,
-    capability: tuple[int, int],
-    ptx: bool,
-    short_query_len: int = 0,
-) -> list[Launch]:
-    """The launches of a prefill for a compute capability.
+def _walk_arguments(
+    a: Attention,
+    rotated: torch.Tensor,
+    row_scale: torch.Tensor,
+    config: PrefillConfig | DecodeConfig,
+    hardware: Hardware,
+    short_query_len: int,
+) -> dict[str, Any]:
+    """What prefill_kernel and split_kernel share: queries, pages, mask and tiles."""
+    return {
+        "queries": rotated,
+        "row_scale": row_scale,
+        "cache": a.cache,
+        "block_table": a.block_table,
+        "seq_lens": a.seq_lens,
+        "query_start_loc": a.query_start_loc,
+        "k_centroids": a.k_centroids,
+        "v_centroids": a.v_centroids,
+        "table_stride": a.block_table.stride(0),
+        "num_seqs": a.num_seqs,
+        "softcap": a.softcap,
+        "window_left": a.window_left,
+        "window_right": a.visible_right,
+        "short_query_len": short_query_len,
+        "P": _cache_pages(a.cache, a.num_kv_heads, a.head_dim),
+        "D": a.head_dim,
+        "HALF": _half(a.head_dim),
+        "GROUP": a.group,
+        "NUM_KV_HEADS": a.num_kv_heads,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "SOFTCAP": a.softcap > 0.0,
+        "LEFT": a.window_left >= 0,
+        "RIGHT": a.visible_right >= 0,
+        "WGMMA": _wgmma(hardware.capability, config.block_m),
+        "PTX": hardware.ptx,
+    }
+
+
+def _result_arguments(a: Attention, config: PrefillConfig | DecodeConfig) -> dict[str, Any]:
+    """What prefill_kernel and combine_kernel share: where results go, and how they are rotated back."""
+    return {
+        "out_rotation": a.out_rotation,
+        "out": a.out,
+        "lse": a.lse,
+        "sinks": a.sinks,
+        "out_token_stride": a.out.stride(0),
+        "out_head_stride": a.out.stride(1),
+        "lse_stride": a.num_tokens,
+        "CHUNK": config.chunk,
+        "ROTATION_SCALE": math.sqrt(a.head_dim),
+    }
+
+
+def prefill_launches(a: Attention, hardware: Hardware, short_query_len: int = 0) -> list[Launch]:
+    """The launches of a prefill: queries, prefill.
 
     Args:
-        ptx: with inline PTX (not interpreted).
+        a: with query_start_loc.
+        hardware: to launch on.
         short_query_len: sequences of up to so many query tokens are left alone.
     """
-    num_tokens, num_q_heads, head_dim = q.shape
-    num_seqs = seq_lens.shape[0]
-    group = num_q_heads // num_kv_heads
-    if causal:
-        window_right = 0
-    longest = num_tokens if max_query_len < 0 else min(max_query_len, num_tokens)
-    config = prefill_config(capability, head_dim, longest * group)
-    num_slots = num_tokens * group // config.block_m + num_seqs
-    rotated, row_scale, rotate = _rotated_queries(q, q_rotation, int8, capability)
-    return [
-        rotate,
-        Launch(
-            prefill_kernel,
-            (num_slots * num_kv_heads,),
-            {
-                "queries": rotated,
-                "row_scale": row_scale,
-                "cache": cache,
-                "block_table": block_table,
-                "seq_lens": seq_lens,
-                "query_start_loc": query_start_loc,
-                "out_rotation": out_rotation,
-                "k_centroids": k_centroids,
-                "k_codes": k_codes,
-                "v_centroids": v_centroids,
-                "out": out,
-                "lse": lse,
-                "sinks": sinks,
-                "out_token_stride": out.stride(0),
-                "out_head_stride": out.stride(1),
-                "table_stride": block_table.stride(0),
-                "lse_stride": num_tokens,
-                "num_seqs": num_seqs,
-                "num_slots": num_slots,
-                "score_scale": sm_scale * k_code_scale if int8 else sm_scale,
-                "softcap": softcap,
-                "window_left": window_left,
-                "window_right": window_right,
-                "short_query_len": short_query_len,
-                "P": _cache_pages(cache, num_kv_heads, head_dim),
-                "D": head_dim,
-                "HALF": _half(head_dim),
-                "GROUP": group,
-                "NUM_KV_HEADS": num_kv_heads,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "CHUNK": config.chunk,
-                "ROTATION_SCALE": math.sqrt(head_dim),
-                "INT8": int8,
-                "SOFTCAP": softcap > 0.0,
-                "LEFT": window_left >= 0,
-                "RIGHT": window_right >= 0,
-                "WGMMA": _wgmma(capability, config.block_m),
-                "PTX": ptx,
-            },
-            _options(config),
-        ),
-    ]
+    config = prefill_config(hardware.capability, a.head_dim, a.longest * a.group)
+    num_slots = a.num_tokens * a.group // config.block_m + a.num_seqs
+    rotated, row_scale, rotate = _rotated_queries(a.q, a.q_rotation, a.int8, hardware.capability)
+    attend = Launch(
+        prefill_kernel,
+        (num_slots * a.num_kv_heads,),
+        _walk_arguments(a, rotated, row_scale, config, hardware, short_query_len)
+        | _result_arguments(a, config)
+        | {
+            "k_codes": a.k_codes,
+            "num_slots": num_slots,
+            "score_scale": a.sm_scale * a.k_code_scale if a.int8 else a.sm_scale,
+            "INT8": a.int8,
+        },
+        _options(config),
+    )
+    return [rotate, attend]
 
 
-def prefill(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    q_rotation: torch.Tensor | None,
-    out_rotation: torch.Tensor | None,
-    k_centroids: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_code_scale: float,
-    v_centroids: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    num_kv_heads: int,
-    sm_scale: float,
-    causal: bool = True,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    max_query_len: int = -1,
-    int8: bool = True,
-) -> None:
-    """torch.ops.tq4.prefill in Triton; sequences of few query tokens take the decode kernels."""
-    num_tokens, num_q_heads, _ = q.shape
-    num_seqs = seq_lens.shape[0]
-    longest = num_tokens if max_query_len < 0 else min(max_query_len, num_tokens)
-    short = short_query_len(num_q_heads // num_kv_heads) if decodes_short_queries() else 0
-    capability, ptx = _capability(q.device), q.device.type == "cuda"
+def prefill(**arguments: Any) -> None:
+    """torch.ops.tq4.prefill in Triton, of :class:`Attention`'s fields; sequences of few query tokens take the
+    decode kernels."""
+    a = Attention(**arguments)
+    hardware = Hardware.of(a.q.device)
+    longest = a.longest
+    short = short_query_len(a.group) if decodes_short_queries() else 0
     # Lengths are on the device: which sequences are short, the kernels find out.
     all_short = short > 0 and longest <= short
-    some_short = 0 < short < longest and 1 < num_seqs and num_tokens < num_seqs * longest
+    some_short = 0 < short < longest and 1 < a.num_seqs and a.num_tokens < a.num_seqs * longest
     launches: list[Launch] = []
-    if all_short or some_short:
-        launches += decode_launches(
-            q,
-            cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            q_rotation,
-            out_rotation,
-            k_centroids,
-            v_centroids,
-            out,
-            lse,
-            sinks,
-            num_kv_heads,
-            sm_scale,
-            causal,
-            window_left,
-            window_right,
-            softcap,
-            short if some_short else max(1, longest),
-            capability,
-            _sms(q.device),
-            ptx,
-            short if some_short else 0,
-        )
+    if some_short:
+        launches += decode_launches(replace(a, max_query_len=short), hardware, short)
+    elif all_short:
+        launches += decode_launches(replace(a, max_query_len=max(1, longest)), hardware)
     if not all_short:
-        launches += prefill_launches(
-            q,
-            cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            q_rotation,
-            out_rotation,
-            k_centroids,
-            k_codes,
-            k_code_scale,
-            v_centroids,
-            out,
-            lse,
-            sinks,
-            num_kv_heads,
-            sm_scale,
-            causal,
-            window_left,
-            window_right,
-            softcap,
-            max_query_len,
-            int8,
-            capability,
-            ptx,
-            short if some_short else 0,
-        )
-    _run(q.device, launches)
+        launches += prefill_launches(a, hardware, short if some_short else 0)
+    _run(a.q.device, launches)
 
 
-def decode_launches(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor | None,
-    q_rotation: torch.Tensor | None,
-    out_rotation: torch.Tensor | None,
-    k_centroids: torch.Tensor,
-    v_centroids: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    num_kv_heads: int,
-    sm_scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    max_query_len: int,
-    capability: tuple[int, int],
-    num_sms: int,
-    ptx: bool,
-    short_query_len: int = 0,
-) -> list[Launch]:
-    """The launches of a decode of at most MAX_DECODE_ROWS query rows per sequence and KV head.
+def decode_launches(a: Attention, hardware: Hardware, short_query_len: int = 0) -> list[Launch]:
+    """The launches of a decode: prepare, split, combine.
 
     Args:
+        a: of at most MAX_DECODE_ROWS query rows (max_query_len times the group); int8 is not looked at.
+        hardware: to launch on.
         short_query_len: if not 0, sequences of more query tokens are left alone; it is max_query_len then.
     """
-    num_tokens, num_q_heads, head_dim = q.shape
-    num_seqs = seq_lens.shape[0]
-    group = num_q_heads // num_kv_heads
-    half = _half(head_dim)
-    if causal:
-        window_right = 0
-    max_rows = max_query_len * group
-    config = decode_config(capability, head_dim, max_rows)
-    max_shares = max(1, num_sms * config.programs_per_sm // num_kv_heads)
-    units = seq_lens.new_empty(num_seqs + 1)
-    partial_rows = (max_shares + num_seqs, num_kv_heads, max_rows)
-    partial_out = q.new_empty((*partial_rows, 2 * half), dtype=torch.float32)
-    partial_sums = q.new_empty((*partial_rows, 2), dtype=torch.float32)
-    places = num_seqs * short_query_len if short_query_len > 0 else None
-    rotated, row_scale, rotate = _rotated_queries(q, q_rotation, False, capability, places)
+    half = _half(a.head_dim)
+    max_rows = a.max_query_len * a.group
+    config = decode_config(hardware.capability, a.head_dim, max_rows)
+    max_shares = max(1, hardware.num_sms * config.programs_per_sm // a.num_kv_heads)
+    units = a.seq_lens.new_empty(a.num_seqs + 1)
+    partial_rows = (max_shares + a.num_seqs, a.num_kv_heads, max_rows)
+    partials = {
+        "partial_out": a.q.new_empty((*partial_rows, 2 * half), dtype=torch.float32),
+        "partial_sums": a.q.new_empty((*partial_rows, 2), dtype=torch.float32),
+        "units": units,
+        "max_shares": max_shares,
+        "max_rows": max_rows,
+        "MIN_UNITS": config.min_units,
+    }
+    places = a.num_seqs * short_query_len if short_query_len > 0 else None
+    rotated, row_scale, rotate = _rotated_queries(a.q, a.q_rotation, False, hardware.capability, places)
     del rotate.arguments["INT8"]
     prepare = Launch(
         prepare_kernel,
         (rotate.grid[0] + 1,),
         rotate.arguments
         | {
-            "seq_lens": seq_lens,
-            "query_start_loc": query_start_loc,
+            "seq_lens": a.seq_lens,
+            "query_start_loc": a.query_start_loc,
             "units": units,
-            "num_seqs": num_seqs,
-            "window_left": window_left,
+            "num_seqs": a.num_seqs,
+            "window_left": a.window_left,
             "short_query_len": short_query_len,
             "BLOCK_N": config.block_n,
-            "LEFT": window_left >= 0,
+            "LEFT": a.window_left >= 0,
         },
         rotate.options,
     )
     split = Launch(
         split_kernel,
-        (max_shares * num_kv_heads,),
-        {
-            "queries": rotated,
-            "row_scale": row_scale,
-            "cache": cache,
-            "block_table": block_table,
-            "seq_lens": seq_lens,
-            "query_start_loc": query_start_loc,
-            "units": units,
-            "k_centroids": k_centroids,
-            "v_centroids": v_centroids,
-            "partial_out": partial_out,
-            "partial_sums": partial_sums,
-            "table_stride": block_table.stride(0),
-            "num_seqs": num_seqs,
-            "max_shares": max_shares,
-            "max_rows": max_rows,
-            "score_scale": sm_scale,
-            "softcap": softcap,
-            "window_left": window_left,
-            "window_right": window_right,
-            "short_query_len": short_query_len,
-            "P": _cache_pages(cache, num_kv_heads, head_dim),
-            "D": head_dim,
-            "HALF": half,
-            "GROUP": group,
-            "NUM_KV_HEADS": num_kv_heads,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "MIN_UNITS": config.min_units,
-            "SOFTCAP": softcap > 0.0,
-            "LEFT": window_left >= 0,
-            "RIGHT": window_right >= 0,
-            "WGMMA": _wgmma(capability, config.block_m),
-            "PTX": ptx,
-        },
+        (max_shares * a.num_kv_heads,),
+        _walk_arguments(a, rotated, row_scale, config, hardware, short_query_len)
+        | partials
+        | {"score_scale": a.sm_scale},
         _options(config),
     )
     combine = Launch(
         combine_kernel,
-        (num_seqs * num_kv_heads,),
-        {
-            "partial_out": partial_out,
-            "partial_sums": partial_sums,
-            "units": units,
-            "query_start_loc": query_start_loc,
-            "out_rotation": out_rotation,
-            "out": out,
-            "lse": lse,
-            "sinks": sinks,
-            "out_token_stride": out.stride(0),
-            "out_head_stride": out.stride(1),
-            "lse_stride": num_tokens,
-            "num_seqs": num_seqs,
-            "max_shares": max_shares,
-            "max_rows": max_rows,
-            "D": head_dim,
+        (a.num_seqs * a.num_kv_heads,),
+        _result_arguments(a, config)
+        | partials
+        | {
+            "query_start_loc": a.query_start_loc,
+            "num_seqs": a.num_seqs,
+            "D": a.head_dim,
             "HALF": half,
-            "GROUP": group,
-            "NUM_KV_HEADS": num_kv_heads,
+            "GROUP": a.group,
+            "NUM_KV_HEADS": a.num_kv_heads,
             "BLOCK_M": config.block_m,
-            "MIN_UNITS": config.min_units,
-            "CHUNK": config.chunk,
-            "ROTATION_SCALE": math.sqrt(head_dim),
         },
         {"num_warps": config.num_warps},
     )
     return [prepare, split, combine]
 
 
-def decode(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor | None,
-    q_rotation: torch.Tensor | None,
-    out_rotation: torch.Tensor | None,
-    k_centroids: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_code_scale: float,
-    v_centroids: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    num_kv_heads: int,
-    sm_scale: float,
-    causal: bool = True,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    max_query_len: int = 1,
-    int8: bool = True,
-) -> None:
-    """torch.ops.tq4.decode in Triton.
+def decode(**arguments: Any) -> None:
+    """torch.ops.tq4.decode in Triton, of :class:`Attention`'s fields.
 
     Scores are exact whatever ``int8`` says: quantising queries would save nothing here and cost accuracy.
     More query rows than the decode kernels take go to the prefill kernel, in its exact mode as well.
     """
-    del int8
-    num_tokens, num_q_heads, _ = q.shape
-    num_seqs = seq_lens.shape[0]
-    longest = num_tokens if max_query_len < 0 else min(max_query_len, num_tokens)
-    if query_start_loc is None:
-        longest = 1
-    ptx = q.device.type == "cuda"
-    if longest * (num_q_heads // num_kv_heads) <= MAX_DECODE_ROWS:
-        launches = decode_launches(
-            q,
-            cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            q_rotation,
-            out_rotation,
-            k_centroids,
-            v_centroids,
-            out,
-            lse,
-            sinks,
-            num_kv_heads,
-            sm_scale,
-            causal,
-            window_left,
-            window_right,
-            softcap,
-            longest,
-            _capability(q.device),
-            _sms(q.device),
-            ptx,
-        )
+    a = Attention(**({"max_query_len": 1} | arguments))
+    a = replace(a, max_query_len=a.longest, int8=False)
+    hardware = Hardware.of(a.q.device)
+    if a.longest * a.group <= MAX_DECODE_ROWS:
+        launches = decode_launches(a, hardware)
     else:
-        if query_start_loc is None:
-            query_start_loc = torch.arange(num_seqs + 1, dtype=torch.int32, device=q.device)
-        launches = prefill_launches(
-            q,
-            cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            q_rotation,
-            out_rotation,
-            k_centroids,
-            k_codes,
-            k_code_scale,
-            v_centroids,
-            out,
-            lse,
-            sinks,
-            num_kv_heads,
-            sm_scale,
-            causal,
-            window_left,
-            window_right,
-            softcap,
-            longest,
-            False,
-            _capability(q.device),
-            ptx,
-        )
-    _run(q.device, launches)
+        if a.query_start_loc is None:
+            a.query_start_loc = torch.arange(a.num_seqs + 1, dtype=torch.int32, device=a.q.device)
+        launches = prefill_launches(a, hardware)
+    _run(a.q.device, launches)

@@ -361,6 +361,9 @@ class TQ4Cache(Cache):
         ValueError: an option, or something of the model, is not supported; the message names it.
     """
 
+    #: Of its full-attention layers; a subclass may watch them.
+    layer_class = TQ4Layer
+
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
@@ -411,7 +414,7 @@ class TQ4Cache(Cache):
         for index, layer in enumerate(layers):
             # Subclasses hold more than K and V (linear states, indexers) and stay what they are.
             if type(layer) is DynamicLayer and dense_first <= index < count - dense_last:
-                layers[index] = TQ4Layer(self, index)
+                layers[index] = self.layer_class(self, index)
         super().__init__(layers=layers)
 
     # ---- The interface of a cache, where the layers act together.

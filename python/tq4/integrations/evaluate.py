@@ -1,37 +1,33 @@
 """What a TQ4 cache costs a language model: the work behind ``tq4 eval``.
 
 Windows of text are fed in chunks to the model with each kind of cache side by side; each token's
-log-probability and each position's most likely next token are compared with those of the dense cache.  Then
-some tokens are decoded one by one for their time, and continuations are generated greedily.
+log-probability and each position's most likely next token are compared with those of the dense cache, in
+pairs (:mod:`.paired`).  Then some tokens are decoded one by one for their time, continuations are generated
+greedily, and those of the dense cache are decoded again by every backend (:mod:`.agreement`).
 """
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
-import json
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
 import tq4
 
+from . import agreement, paired
+from .report import environment
 from .transformers import TQ4Cache
 
-DENSE, TQ4 = "dense", "TQ4"
+DENSE, TQ4, FP16_SCORES = "dense", "TQ4", "TQ4, fp16 scores"
 #: Tokens fed one by one for the time of decoding, and before that to warm up.
 _DECODE_TOKENS, _WARM_TOKENS = 32, 4
 _BINS = 16
@@ -47,9 +43,11 @@ class Settings:
         text: files, read one after the other.
         window: tokens of a window; each begins with an empty cache.
         windows: at most so many.
+        pair_windows: at most so many for the comparison of INT8 with fp16 scores, which needs many: those
+            past ``windows`` are read by these two caches alone.
         chunk: tokens of one forward call.
         edge: layers at each end that the variant "edge layers dense" keeps dense.
-        backends: one more TQ4 row for each.
+        backends: one more TQ4 row for each; two or more are also compared on the dense cache's continuations.
         generate, prompts, prompt: tokens to generate, number of prompts and their length; 0 tokens: none.
         page: tokens of a page.
         dtype, device: "float16" or "bfloat16"; "cuda" or "cpu".
@@ -59,6 +57,7 @@ class Settings:
     text: list[Path]
     window: int = 8192
     windows: int = 4
+    pair_windows: int = 0
     chunk: int = 1024
     edge: int = 1
     backends: list[str] = field(default_factory=list)
@@ -77,8 +76,11 @@ class Variant:
     name: str
     attention: str
     make: Callable[[int], Any]
+    backend: str | None = None  # of a row that is there to compare backends
     nats: float = 0.0
     agreement: float = 1.0
+    vs_dense: paired.Change | None = None
+    vs_tq4: paired.Change | None = None
     agreement_with_tq4: float | None = None
     cache_bytes: int = 0
     prefill_us: float = 0.0
@@ -92,6 +94,23 @@ class Variant:
 
 
 @dataclass
+class Scores:
+    """INT8 against fp16 scores of the same kernels, on ``tokens`` tokens.
+
+    Attributes:
+        tokens: of text that was scored.
+        change: of nats, INT8 relative to fp16; its error is that of blocks of :data:`paired.BLOCK` tokens.
+        window_error: its standard error were only whole windows independent; None for one window.
+        agreement: of next-token argmaxes.
+    """
+
+    tokens: int
+    change: paired.Change
+    window_error: float | None
+    agreement: float
+
+
+@dataclass
 class Result:
     """All variants, and what they were measured on; losses are in nats per ``unit``."""
 
@@ -102,6 +121,8 @@ class Result:
     environment: dict[str, Any]
     variants: list[Variant]
     missing: list[str]
+    scores: Scores
+    backends: agreement.Agreement | None = None
 
 
 def run(settings: Settings, console: Console | None = None) -> Result:
@@ -115,24 +136,39 @@ def run(settings: Settings, console: Console | None = None) -> Result:
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
     model = model.to(settings.device).eval()
     ids, bytes_per_token = _tokens(settings, model)
-    windows = _windows(ids, settings)
+    windows = _windows(ids, settings.window, max(settings.windows, settings.pair_windows))
+    windows, more = windows[: settings.windows], windows[settings.windows :]
     variants, missing = _variants(settings, model)
-    steps = sum(-(-window.numel() // settings.chunk) for window in windows)
-    rounds = steps + 1 + bool(settings.generate)
+    # The rows of INT8 and fp16 scores go on where the others have read enough.
+    pair = [variant for variant in variants if variant.name in (TQ4, FP16_SCORES)]
+    free = [variant for variant in variants if variant.backend is None]
+    chunks = [sum(-(-window.numel() // settings.chunk) for window in some) for some in (windows, more)]
+    total = (chunks[0] + 1) * len(variants) + chunks[1] * len(pair)
+    if settings.generate:
+        total += len(free) + agreement.steps(settings.backends, settings.generate)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    compared = None
     with torch.no_grad(), Progress(*columns, console=console or Console(stderr=True)) as progress:
-        task = progress.add_task("warm up", total=rounds * len(variants))
+        task = progress.add_task("warm up", total=total)
+
+        def advance(title: str) -> None:
+            progress.update(task, description=title, advance=1)
+
         for variant in variants:
             _warm_up(model, variant, windows[0], settings)
         for number, window in enumerate(windows, 1):
-            caches = _score(model, variants, window, settings, progress, task, f"window {number}")
+            caches = _score(model, variants, window, settings, advance, f"window {number}")
         for variant, cache in zip(variants, caches, strict=True):
-            progress.update(task, description=f"decode, {variant.name}")
+            advance(f"decode, {variant.name}")
             _decode(model, variant, cache, windows[-1], settings)
-            progress.advance(task)
         del caches
+        pair = [replace(one, losses=list(one.losses), choices=list(one.choices)) for one in pair]
+        for number, window in enumerate(more, len(windows) + 1):
+            _score(model, pair, window, settings, advance, f"window {number}")
         if settings.generate:
-            _generate(model, variants, ids, settings, progress, task)
+            prompts, text = _generate(model, free, ids, settings, advance)
+            options = {"page_size": settings.page, "max_length": prompts.shape[1] + settings.generate}
+            compared = agreement.compare(model, prompts, text, settings.backends, options, advance)
     _summarise(variants, bytes_per_token)
     config = model.config.get_text_config(decoder=True)
     shape = {
@@ -149,6 +185,8 @@ def run(settings: Settings, console: Console | None = None) -> Result:
         environment=environment(settings.device),
         variants=variants,
         missing=missing,
+        scores=_scores(*pair),
+        backends=compared,
     )
 
 
@@ -160,6 +198,8 @@ def _check(settings: Settings) -> None:
     for name in ("window", "windows", "chunk", "prompts", "prompt"):
         if getattr(settings, name) < (2 if name == "window" else 1):
             raise ValueError(f"{name}: expected a positive number, got {getattr(settings, name)}")
+    if len(settings.backends) > 1 and settings.generate and settings.prompt < 2:
+        raise ValueError(f"prompt: expected at least 2 tokens to compare backends, got {settings.prompt}")
     if not settings.text:
         raise ValueError("text: expected at least one file")
     for backend in settings.backends:
@@ -184,9 +224,9 @@ def _tokens(settings: Settings, model: PreTrainedModel) -> tuple[torch.Tensor, f
     return ids.to(settings.device), len(data) / ids.numel()
 
 
-def _windows(ids: torch.Tensor, settings: Settings) -> list[torch.Tensor]:
-    whole = [w for w in ids.split(settings.window) if w.numel() == settings.window]
-    return (whole or [ids])[: settings.windows]
+def _windows(ids: torch.Tensor, tokens: int, count: int) -> list[torch.Tensor]:
+    whole = [w for w in ids.split(tokens) if w.numel() == tokens]
+    return (whole or [ids])[:count]
 
 
 def _variants(settings: Settings, model: PreTrainedModel) -> tuple[list[Variant], list[str]]:
@@ -194,7 +234,7 @@ def _variants(settings: Settings, model: PreTrainedModel) -> tuple[list[Variant]
         def make(length: int) -> TQ4Cache:
             return TQ4Cache(model, page_size=settings.page, max_length=length, **options)
 
-        return Variant(name, "tq4", make)
+        return Variant(name, "tq4", make, options.get("backend"))
 
     variants = [
         Variant(DENSE, "sdpa", lambda length: DynamicCache(config=model.config)),
@@ -202,7 +242,7 @@ def _variants(settings: Settings, model: PreTrainedModel) -> tuple[list[Variant]
         tq4_variant("TQ4, norm correction", norm_correction=True),
         tq4_variant("TQ4, edge layers dense", dense_first=settings.edge, dense_last=settings.edge),
         tq4_variant("TQ4, first chunk dense", first_chunk="dense"),
-        tq4_variant("TQ4, fp16 scores", int8=False),
+        tq4_variant(FP16_SCORES, int8=False),
     ]
     variants += [tq4_variant(f"TQ4, {backend} backend", backend=backend) for backend in settings.backends]
     missing = []
@@ -252,8 +292,7 @@ def _score(
     variants: list[Variant],
     window: torch.Tensor,
     settings: Settings,
-    progress: Progress,
-    task: Any,
+    advance: Callable[[str], None],
     title: str,
 ) -> list[Any]:
     """Losses and choices of all variants on one window; returns the full caches."""
@@ -263,11 +302,10 @@ def _score(
         part = window[first : first + settings.chunk]
         targets = window[first + 1 : first + 1 + part.numel()]
         for variant, cache, parts in zip(variants, caches, losses, strict=True):
-            progress.update(task, description=f"{title}, {variant.name}")
+            advance(f"{title}, {variant.name}")
             logits = _forward(model, variant, cache, part)[: targets.numel()].float()
             parts.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu())
             variant.choices.append(logits.argmax(-1).cpu())
-            progress.advance(task)
     for variant, cache, parts in zip(variants, caches, losses, strict=True):
         variant.losses.append(torch.cat(parts))
         variant.cache_bytes = cache_bytes(cache, window.numel())
@@ -293,16 +331,19 @@ def _generate(
     variants: list[Variant],
     ids: torch.Tensor,
     settings: Settings,
-    progress: Progress,
-    task: Any,
-) -> None:
-    """Greedy continuations of prompts spread over the text, compared with those of the dense cache."""
+    advance: Callable[[str], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy continuations of prompts spread over the text, compared with those of the dense cache.
+
+    Returns:
+        The prompts ``[B, P]`` and the dense cache's continuations ``[B, G]``.
+    """
     length = min(settings.prompt, max(1, ids.numel() // 2))
     starts = torch.linspace(0, ids.numel() - length, settings.prompts).long().tolist()
     prompts = torch.stack([ids[start : start + length] for start in starts])
     expected = None
     for variant in variants:
-        progress.update(task, description=f"generate, {variant.name}")
+        advance(f"generate, {variant.name}")
         model.set_attn_implementation(variant.attention)
         out = model.generate(
             prompts,
@@ -317,7 +358,7 @@ def _generate(
         same = out == expected
         variant.greedy_same = float(same.float().mean())
         variant.greedy_prefix = float(same.long().cumprod(1).sum(1).float().mean())
-        progress.advance(task)
+    return prompts, expected
 
 
 def _summarise(variants: list[Variant], bytes_per_token: float) -> None:
@@ -327,16 +368,27 @@ def _summarise(variants: list[Variant], bytes_per_token: float) -> None:
         losses, choices = torch.cat(variant.losses), torch.cat(variant.choices)
         variant.nats = float(losses.double().mean()) / bytes_per_token
         variant.agreement = float((choices == torch.cat(dense.choices)).float().mean())
+        variant.vs_dense = paired.change(variant.losses, dense.losses)
         if variant.attention == "tq4":
+            variant.vs_tq4 = paired.change(variant.losses, default.losses)
             variant.agreement_with_tq4 = float((choices == torch.cat(default.choices)).float().mean())
         # By position in the window: where the cost of the cache grows with the context, it shows.
         mean = torch.stack(variant.losses).double().mean(0)
         variant.by_position = [float(part.mean()) / bytes_per_token for part in mean.chunk(_BINS)]
 
 
+def _scores(int8: Variant, exact: Variant) -> Scores:
+    same = torch.cat(int8.choices) == torch.cat(exact.choices)
+    return Scores(
+        tokens=sum(losses.numel() for losses in int8.losses),
+        change=paired.change(int8.losses, exact.losses),
+        window_error=paired.change(int8.losses, exact.losses, same.numel()).error,
+        agreement=float(same.float().mean()),
+    )
+
+
 def cache_bytes(cache: Any, tokens: int) -> int:
-    """Bytes that a cache of some tokens holds: of a TQ4Cache the pages in use, of others all their "
-    "tensors."""
+    """Bytes that a cache of some tokens holds: of a TQ4Cache the pages in use, of others all tensors."""
     if isinstance(cache, TQ4Cache):
         total = 0
         for layer in cache.layers:
@@ -366,165 +418,3 @@ def _tensor_bytes(value: Any) -> int:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# ---- Showing and recording.
-
-
-def show(result: Result, console: Console | None = None) -> None:
-    """Print one table."""
-    settings, dense = result.settings, result.variants[0]
-    table = Table(
-        title=f"{Path(settings.model).name}: {result.scored} tokens in windows of {settings.window}, chunks "
-        f"of {settings.chunk}; {result.environment['gpu']}, {settings.dtype}",
-        title_justify="left",
-    )
-    heads = ["cache", f"nats/{result.unit}", "vs dense", "agreement", "cache", "prefill", "decode"]
-    heads += ["greedy same", "until"] if settings.generate else []
-    for head in heads:
-        table.add_column(head, justify="left" if head == "cache" and not table.columns else "right")
-    for variant in result.variants:
-        cells = [
-            variant.name,
-            f"{variant.nats:.4f}",
-            "" if variant is dense else f"{100 * (variant.nats / dense.nats - 1):+.2f} %",
-            "" if variant is dense else f"{variant.agreement:.4f}",
-            f"{variant.cache_bytes / 2**20:.1f} MiB, {dense.cache_bytes / variant.cache_bytes:.2f}x",
-            f"{variant.prefill_us:.2f} us/token",
-            f"{variant.decode_ms:.2f} ms/token",
-        ]
-        if settings.generate:
-            cells += (
-                ["", ""]
-                if variant is dense
-                else [f"{variant.greedy_same:.3f}", f"{variant.greedy_prefix:.0f}"]
-            )
-        table.add_row(*cells)
-    console = console or Console()
-    console.print(table)
-    console.print(
-        "agreement: next-token argmax, given the same text. greedy same, until: equal tokens, and tokens "
-        "until the "
-        f"first difference, of {settings.generate} generated.",
-        highlight=False,
-    )
-    for variant in result.variants[2:]:
-        if variant.name.endswith(("backend", "scores")):
-            console.print(
-                f"{variant.name}: agrees with TQ4 on {variant.agreement_with_tq4:.4f}, nats "
-                f"{100 * (variant.nats / result.variants[1].nats - 1):+.3f} %",
-                highlight=False,
-            )
-    for package in result.missing:
-        console.print(f"{package} is not installed: its 4-bit cache is not compared", highlight=False)
-
-
-def plot(result: Result, path: Path) -> None:
-    """Loss relative to the dense cache by position in the window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    dense = result.variants[0]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    step = result.settings.window / len(dense.by_position)
-    for variant in result.variants[1:]:
-        change = [100 * (a / b - 1) for a, b in zip(variant.by_position, dense.by_position, strict=True)]
-        axes.plot(
-            [step * (i + 0.5) for i in range(len(change))], change, marker="o", ms=3, label=variant.name
-        )
-    axes.axhline(0.0, color="black", lw=0.8)
-    axes.set_xlabel("position in the window, tokens")
-    axes.set_ylabel(f"nats/{result.unit} relative to the dense cache, %")
-    axes.set_title(f"{Path(result.settings.model).name}, {result.environment['gpu']}")
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def write(result: Result, path: Path) -> Path:
-    """Write the record, in the form of the benchmark records; a folder gets ``<gpu>-transformers.json``.
-
-    A row's ``ms`` and ``gbps`` are those of decoding one token, all layers: gbps counts the cache's bytes.
-    """
-    if path.is_dir():
-        path = path / f"{_slug(result.environment['gpu'])}-transformers.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = asdict(result.settings) | {"model": Path(result.settings.model).name}
-    settings["text"] = [Path(name).name for name in result.settings.text]
-    head = result.environment | {"settings": settings, "unit": result.unit, "scored": result.scored}
-    rows = [json.dumps(_row(result, variant)) for variant in result.variants]
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    path.write_text("{\n" + ",\n".join(lines) + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
-    return path
-
-
-def _row(result: Result, variant: Variant) -> dict[str, Any]:
-    settings = result.settings
-    row = {
-        "op": "transformers",
-        "impl": variant.name,
-        **result.shape,
-        "dtype": settings.dtype,
-        "batch": 1,
-        "q_len": 1,
-        "kv_len": settings.window,
-        "page": settings.page,
-        "ms": variant.decode_ms,
-        "gbps": variant.cache_bytes / variant.decode_ms / 1e6,
-    }
-    names = "nats agreement agreement_with_tq4 cache_bytes prefill_us greedy_same greedy_prefix by_position"
-    return row | {name: getattr(variant, name) for name in names.split()}
-
-
-def environment(device: str) -> dict[str, Any]:
-    """GPU (or the CPU), driver, versions, date, and the hash of the sources where this is a checkout."""
-    return {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "driver": _driver() if device == "cuda" else "none",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "source_hash": _source_hash(),
-    }
-
-
-def _source_hash() -> str:
-    script = Path(tq4.__file__).resolve().parents[2] / "benchmarks" / "record.py"
-    if not script.is_file():
-        return f"tq4 {_version('tq4')}, installed"
-    spec = importlib.util.spec_from_file_location("_tq4_record", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.source_hash()
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()[
-            0
-        ]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
-def _slug(gpu: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-") or "gpu"

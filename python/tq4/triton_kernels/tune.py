@@ -24,6 +24,7 @@ from triton.testing import do_bench
 
 import tq4
 from tq4.backends import triton as backend
+from tq4.backends.arguments import Attention
 from tq4.layout import page_view
 
 from . import configs
@@ -62,7 +63,7 @@ def _installed(table: dict[str, dict[int, Any]], head_dim: int, config: Any, dev
 
 def _problem(
     batch: int, query_len: int, kv_len: int, head_dim: int, heads: tuple[int, int], device: torch.device
-) -> dict[str, Any]:
+) -> Attention:
     """Arguments of an attention op over random codes, norms near sqrt(D), shuffled pages of 16 tokens."""
     num_q_heads, num_kv_heads = heads
     pages = math.ceil(kv_len / 16)
@@ -75,25 +76,16 @@ def _problem(
         cache[..., offset : offset + 4 * num_kv_heads] = norms.view(torch.uint8)
     tokens = batch * query_len
     q = torch.randn(tokens, num_q_heads, head_dim, device=device).half()
-    return {
-        "q": q,
-        "cache": cache,
-        "block_table": torch.randperm(batch * pages, device=device).int().view(batch, pages),
-        "seq_lens": torch.full((batch,), kv_len, dtype=torch.int32, device=device),
-        "query_start_loc": torch.arange(0, tokens + 1, query_len, dtype=torch.int32, device=device),
-        "q_rotation": quantizer.k_rotation,
-        "out_rotation": quantizer.v_rotation,
-        "k_centroids": quantizer.k_centroids,
-        "k_codes": quantizer.k_codes,
-        "k_code_scale": quantizer.k_code_scale,
-        "v_centroids": quantizer.v_centroids,
-        "out": torch.empty_like(q),
-        "lse": None,
-        "sinks": None,
-        "num_kv_heads": num_kv_heads,
-        "sm_scale": head_dim**-0.5,
-        "max_query_len": query_len,
-    }
+    return Attention.of(
+        q,
+        cache,
+        torch.randperm(batch * pages, device=device).int().view(batch, pages),
+        torch.full((batch,), kv_len, dtype=torch.int32, device=device),
+        torch.arange(0, tokens + 1, query_len, dtype=torch.int32, device=device),
+        quantizer,
+        num_kv_heads,
+        max_query_len=query_len,
+    )
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
@@ -120,7 +112,7 @@ def tune(
 
     A candidate that needs more registers or shared memory than there are has an infinite time.
     """
-    arguments = _problem(batch, query_len, kv_len, head_dim, heads, device)
+    arguments = vars(_problem(batch, query_len, kv_len, head_dim, heads, device))
     if op == "prefill":
         table, run = configs.PREFILL, backend.prefill
         candidates = candidates or list(prefill_candidates(head_dim))
