@@ -50,14 +50,8 @@ void launch(const AttentionParams& p, Stream stream) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   plan.tiles.tiles = workspace + plan.tiles_offset;
   const auto images = static_cast<unsigned>(plan.num_images);
-  // The first pass is unpacked beside the queries, by the one CTA an SM that there is room for,
-  // where that takes no longer than the queries do: CTAs that wait for the queries' room to become
-  // free would end later.
-  const int64_t query_steps = ceil_div<int64_t>(images * Prepare::kParts, Prepare::kGroups);
-  const bool beside_queries = D <= 128 && 2 * plan.tiles.capacity <= 3 * query_steps;
   const auto expand = [&](int pass) {
-    const int ctas = pass == 0 && beside_queries ? 1 : kExpandCtas;
-    const int64_t grid = std::min<int64_t>(p.num_sms * ctas, plan.tiles.capacity);
+    const int64_t grid = std::min<int64_t>(p.num_sms * kExpandCtas, plan.tiles.capacity);
     launch_dependent_kernel(true, expand_tiles_kernel<WgmmaImage<D>>,
                             dim3(static_cast<unsigned>(grid)), dim3(kExpandThreads),
                             sizeof(PackedTile<WgmmaImage<D>>), stream, p, plan.tiles, pass);
