@@ -35,6 +35,7 @@ from timing import Budget, captured, median_ms
 from workloads import (
     DTYPES,
     Contender,
+    Copies,
     StoreInputs,
     Tq4Inputs,
     Workload,
@@ -68,6 +69,7 @@ DECODE_SIZES = [
 SWEEP_SIZES = [(1, n << 10, 1) for n in (1, 2, 4, 16, 32, 64)] + [(64, n << 10, 1) for n in (1, 2, 4, 16)]
 STEP_SIZES = [(1, 8192, 1), (64, 8192, 1)]
 STORE_TOKENS = [1, 16, 64, 256, 2048, 16384]
+IN_A_ROW = 8  # stores, or copies to compare them with, in one timing
 
 
 class Session:
@@ -216,10 +218,45 @@ def run_store(session: Session, hq: int, hkv: int, d: int) -> None:
                 session.wrong.add("store")
                 print(f"store    {tokens} tokens {impl:22s} WRONG: {wrong}", flush=True)
                 continue
-            ms, how = session.measure(work, functools.partial(inputs.call, backend), impl)
-            row = work.row(impl, ms, gbps=round(inputs.bytes_moved / ms / 1e6, 2), **how)
-            session.add(row, f"{hkv} heads D{d} {args.dtype} {tokens} tokens")
+            time_store(session, work, functools.partial(inputs.call, backend), impl, inputs.bytes_moved)
+        time_stores_in_a_row(session, work)
+        if session.device == "cuda" and args.peers:
+            copies = Copies(inputs.bytes_moved, IN_A_ROW, session.device)
+            time_store(session, work, copies.one, "copy", inputs.bytes_moved)
+            time_store(session, work, copies.all, "copy-in-a-row", inputs.bytes_moved, IN_A_ROW)
+            del copies
+        del inputs
         release()
+
+
+def time_store(
+    session: Session, work: Workload, call: Callable[[], object], impl: str, moved: int, times: int = 1
+) -> None:
+    """Add a row of ``call``, which does the work ``times`` times."""
+    ms, how = session.measure(work, call, impl)
+    if "eager_ms" in how:
+        how["eager_ms"] = round(how["eager_ms"] / times, 5)
+    row = work.row(impl, ms / times, gbps=round(moved * times / ms / 1e6, 2), **how)
+    tokens = work.q_lens[0]
+    session.add(row, f"{work.hkv} heads D{work.d} {work.dtype} {tokens} tokens")
+
+
+def time_stores_in_a_row(session: Session, work: Workload) -> None:
+    """The CUDA backend on inputs of its own each time: what one store costs beside others.
+
+    A single call between two events pays the launch and the first misses alone, as does a single copy.
+    """
+    args = session.args
+    if session.device != "cuda" or "cuda" not in session.backends():
+        return
+    shape = (work.hkv, work.d, work.dtype, work.page, args.layout, session.device)
+    several = [StoreInputs(work.q_lens[0], *shape) for _ in range(IN_A_ROW)]
+
+    def call() -> None:
+        for inputs in several:
+            inputs.call("cuda")
+
+    time_store(session, work, call, "tq4-cuda-in-a-row", several[0].bytes_moved, IN_A_ROW)
 
 
 def release() -> None:

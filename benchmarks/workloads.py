@@ -305,6 +305,22 @@ class Tq4Inputs:
         return contender
 
 
+class Copies:
+    """``times`` copies of tensors of its own each, that read and write ``moved`` bytes together."""
+
+    def __init__(self, moved: int, times: int, device: str) -> None:
+        size = max(1, moved // 2)
+        self._sources = [torch.ones(size, dtype=torch.uint8, device=device) for _ in range(times)]
+        self._targets = [torch.empty_like(source) for source in self._sources]
+
+    def one(self) -> None:
+        self._targets[0].copy_(self._sources[0])
+
+    def all(self) -> None:
+        for target, source in zip(self._targets, self._sources, strict=True):
+            target.copy_(source)
+
+
 class StoreInputs:
     """New tokens for ``store`` and a cache with room for them."""
 
