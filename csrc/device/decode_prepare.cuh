@@ -20,6 +20,7 @@
 #include "../ptx/arith.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_tf32.cuh"
+#include "../ptx/prefetch.cuh"
 #include "common.cuh"
 #include "decode_plan.h"
 #include "query_recipe.cuh"
@@ -205,6 +206,16 @@ __device__ __forceinline__ void clear_findings(const AttentionParams& p, const D
   if (first == 0) *reinterpret_cast<int32_t*>(workspace + plan.dense_rotation) = 0;
 }
 
+// What the main kernel's producers ask for first, one thing after the other, into L2 meanwhile.
+__device__ __forceinline__ void prefetch_batch(const AttentionParams& p) {
+  constexpr int kLine = 32;  // words
+  const int64_t word = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
+  if (word < p.num_seqs) ptx::prefetch_l2(p.seq_lens + word);
+  if (word < (p.num_seqs - 1) * p.block_table_stride + p.max_blocks) {
+    ptx::prefetch_l2(p.block_table + word);
+  }
+}
+
 template <int D>
 __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     decode_prepare_kernel(const __grid_constant__ AttentionParams p,
@@ -225,7 +236,6 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
        static_cast<uint64_t>(p.q_head_stride * 2)) %
           8 ==
       0;
-  clear_findings(p, plan);
   const bool rotates = p.q_rotation != nullptr;
   QueryPieces<D> pieces;
   RotationTile<D> rotation;
@@ -234,6 +244,8 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
   first = next_block(p, batch, first, step, num_rows);
   pieces.find(p, plan, batch, first, num_rows);
   pieces.load(aligned8);
+  clear_findings(p, plan);
+  prefetch_batch(p);
 
 #pragma unroll 1
   while (first < num_rows) {

@@ -261,6 +261,8 @@ enum Kind {
   kShuffleXor,
   kShuffleUp,
   kVote,
+  kBallot,
+  kReduceAdd,
   kMmaInt8,
   kMmaHalf,
   kMmaTf32,
@@ -364,6 +366,19 @@ inline bool __all_sync(uint32_t, bool value) {
   for (int i = 0; i < 32; ++i) result = result && all[i][0] != 0;
   return result;
 }
+inline uint32_t __ballot_sync(uint32_t, bool value) {
+  const auto all = emulation::exchange(emulation::kBallot, value);
+  uint32_t result = 0;
+  for (int i = 0; i < 32; ++i) result |= static_cast<uint32_t>(all[i][0] != 0) << i;
+  return result;
+}
+inline int __reduce_add_sync(uint32_t, int value) {
+  const auto all = emulation::exchange(emulation::kReduceAdd, static_cast<uint32_t>(value));
+  uint32_t result = 0;
+  for (int i = 0; i < 32; ++i) result += static_cast<uint32_t>(all[i][0]);
+  return static_cast<int>(result);
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline bool __any_sync(uint32_t, bool value) { return !__all_sync(0, !value); }
 inline void __syncwarp() { emulation::exchange(emulation::kSync, 0); }
 inline void __syncthreads() { emulation::barrier(0, emulation::machine().threads); }
