@@ -26,9 +26,9 @@ struct ParameterLines {
  private:
   template <typename Params>
   __device__ __forceinline__ static uint32_t word(const Params& params) {
-    constexpr int kWords = 64 / 4, kLast = (sizeof(Params) - 1) / 64;
-    const int line = min(static_cast<int>(threadIdx.x / kWarpSize), kLast);
-    return reinterpret_cast<const uint32_t*>(&params)[line * kWords];
+    constexpr int kLine = 64 / 4, kLast = sizeof(Params) / 4 - 1;  // in words
+    const int word = min(static_cast<int>(threadIdx.x / kWarpSize) * kLine, kLast);
+    return reinterpret_cast<const uint32_t*>(&params)[word];
   }
 };
 
