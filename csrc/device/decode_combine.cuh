@@ -150,8 +150,8 @@ struct PartialTerms {
     const uint32_t rows = plan.heads_per_chunk * plan.max_rows;
     const int64_t first = row.unit * rows + row.row_of_unit;
     const int lane = threadIdx.x % kWarpSize;
-    return {workspace + ptx::opaque(plan.partial_stats + first * 8),
-            workspace + ptx::opaque(plan.partial_out + (first * D + lane * kCombineVector<D>) * 4),
+    return {workspace + ptx::opaque_offset(plan.partial_stats + first * 8),
+            workspace + ptx::opaque_offset(plan.partial_out + (first * D + lane * kCombineVector<D>) * 4),
             rows * 8, rows * D * 4, log_parts};
   }
 };
@@ -478,7 +478,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
   const auto range_of = [&](const CombineRow& r) {
     return reinterpret_cast<const CtaRange*>(
-        workspace + ptx::opaque(plan.unit_ctas + r.unit * int64_t{sizeof(CtaRange)}));
+        workspace + ptx::opaque_offset(plan.unit_ctas + r.unit * int64_t{sizeof(CtaRange)}));
   };
   const CtaRange* range = range_of(row);
   PartialTerms<D> terms = PartialTerms<D>::make(p, plan, row, log_parts);

@@ -13,7 +13,7 @@ __device__ __forceinline__ T* opaque(T* p) {
 
 // Offsets to a pointer from outside: the pointer itself, made opaque, would no longer be known to
 // point to global memory.
-__device__ __forceinline__ int64_t opaque(int64_t offset) {
+__device__ __forceinline__ int64_t opaque_offset(int64_t offset) {
   asm volatile("" : "+l"(offset));
   return offset;
 }

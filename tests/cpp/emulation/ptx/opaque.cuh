@@ -9,6 +9,6 @@ T* opaque(T* p) {
   return p;
 }
 
-inline int64_t opaque(int64_t offset) { return offset; }
+inline int64_t opaque_offset(int64_t offset) { return offset; }
 
 }  // namespace tq4::ptx
