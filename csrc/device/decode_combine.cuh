@@ -9,7 +9,7 @@
 // token, head): few when rows are few, so that all SMs share in reading the partials.
 //
 //   16 / rows_per_block warps  sum a part of a row's partials each, in units of its own m
-//   the first of them          adds up the parts and divides by l*: lanes hold D / 32 dims each
+//   the first of them          adds up all parts and divides by l*: lanes hold D / 32 dims each
 //   R, one of three ways       none      nothing
 //                              Hadamard  butterflies between the lanes of that warp
 //                              dense     the product of decode_prepare, with O split into two TF32
@@ -62,7 +62,7 @@ struct CombineConfig {
 struct CombineShared {
   float m[kCombineRows], l[kCombineRows];  // of a warp's part
   int64_t offset[kCombineRows];            // in out, elements; -1: no such row
-  ParameterLines lines;
+  ParameterLines lines[kCombineWarps];
 };
 
 // A row of the output.
@@ -99,8 +99,8 @@ __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const D
   return r;
 }
 
-// Weights of up to 32 terms of a sum, lane i holding (m, l) of term i (m = kNoReference, l = 0: there
-// is none).
+// Weights of up to 32 terms of a sum, lane i holding (m, l) of term i (m = kNoReference, l = 0:
+// there is none).
 struct TermWeights {
   float m, l;    // of the sum
   float weight;  // of the lane's term, in units of the sum's m
@@ -128,10 +128,12 @@ struct TermWeights {
 
 // Neighbouring dimensions that a lane loads and stores at once.
 template <int D>
-constexpr int kCombineVector = D % 128 == 0 ? 4 : D == 64 ? 2 : 1;
+constexpr int kCombineVector = D % 128 == 0 ? 4
+                               : D == 64    ? 2
+                                            : 1;
 
-// Where a row's partial results lie: addresses of CTA 0's, though it may have none, and the bytes to
-// the next CTA's.  Worked out before the wait.
+// Where a row's partial results lie: addresses of CTA 0's, though it may have none, and the bytes
+// to the next CTA's.  Worked out before the wait.
 template <int D>
 struct PartialTerms {
   const uint8_t* stats;
@@ -150,9 +152,10 @@ struct PartialTerms {
     const uint32_t rows = plan.heads_per_chunk * plan.max_rows;
     const int64_t first = row.unit * rows + row.row_of_unit;
     const int lane = threadIdx.x % kWarpSize;
-    return {workspace + ptx::opaque_offset(plan.partial_stats + first * 8),
-            workspace + ptx::opaque_offset(plan.partial_out + (first * D + lane * kCombineVector<D>) * 4),
-            rows * 8, rows * D * 4, log_parts};
+    return {
+        workspace + ptx::opaque_offset(plan.partial_stats + first * 8),
+        workspace + ptx::opaque_offset(plan.partial_out + (first * D + lane * kCombineVector<D>)*4),
+        rows * 8, rows * D * 4, log_parts};
   }
 };
 
@@ -185,8 +188,8 @@ struct RowSum {
     for (int e = 0; e < kDims; ++e) o[e] = 0.f;
   }
 
-  // The partials of CTAs begin + part, begin + part + parts, ...  All loads of a batch are under way
-  // before the first is used; lane b has the stats of partial b.
+  // The partials of CTAs begin + part, begin + part + parts, ...  All loads of a batch are under
+  // way before the first is used; lane b has the stats of partial b.
   __device__ __forceinline__ void add(const PartialTerms<D>& terms, CtaRange ctas, int part) {
     const uint32_t lane = threadIdx.x % kWarpSize;
     const uint32_t cta = ctas.begin + part;
@@ -202,8 +205,8 @@ struct RowSum {
       Vector value[kBatch][kDims / kVector];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const auto* from = reinterpret_cast<const Vector*>(
-            out + static_cast<uint64_t>(b) * terms.out_step());
+        const auto* from =
+            reinterpret_cast<const Vector*>(out + static_cast<uint64_t>(b) * terms.out_step());
 #pragma unroll
         for (int v = 0; v < kDims / kVector; ++v) {
           value[b][v] = {};

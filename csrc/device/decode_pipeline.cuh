@@ -45,7 +45,7 @@ struct DecodeShared {
   WarpScratch warps[16];
   CopyPiece pieces[kMaxCopyPieces];  // of a tile, for bulk copies
   SplitKeyCodes::Tables split_codes;
-  ParameterLines lines;
+  ParameterLines lines[16];
 };
 static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
 

@@ -1,7 +1,7 @@
 // First touches of kernel parameters.  They lie in constant memory, and the first touch of each of
 // its lines in a launch takes as long as a load from L2 or worse: a warp that needs a dozen of them
-// one after the other waits for microseconds.  So, where a kernel is short, each warp touches a line
-// of each struct before anything else, all at once.
+// one after the other waits for microseconds.  So, where a kernel is short, each warp touches a
+// line of each struct before anything else, all at once.
 #pragma once
 #include <cstdint>
 
@@ -13,14 +13,14 @@ struct ParameterLines {
   uint32_t words[2];
 
   template <typename First, typename Second>
-  __device__ __forceinline__ static ParameterLines touch(const First& first,
-                                                         const Second& second) {
+  __device__ __forceinline__ static ParameterLines touch(const First& first, const Second& second) {
     return {{word(first), word(second)}};
   }
 
   // Late: to have been of use, or the compiler would drop them.
-  __device__ __forceinline__ void keep(ParameterLines& in_shared_memory) const {
-    in_shared_memory = *this;
+  template <int kWarps>
+  __device__ __forceinline__ void keep(ParameterLines (&in_shared_memory)[kWarps]) const {
+    in_shared_memory[threadIdx.x / kWarpSize] = *this;
   }
 
  private:
