@@ -384,7 +384,7 @@ def test_decode_shares_cover_every_visible_tile_once_and_evenly(host_maps, grid)
             starts = []
         left, right = rng.choice([-1, rng.randrange(200)]), rng.choice([-1, 0])
         chunks, cost = rng.randrange(1, 4), rng.randrange(1, 4)
-        segments = host_maps.decode_segments(lengths, starts, left, right, chunks, cost, grid)
+        segments = host_maps.decode_segments(lengths, starts, left, chunks, cost, grid)
         covered = [(s, c, tile) for _, s, c, begin, end in segments for tile in range(begin, end)]
         expected = set()
         for seq, length in enumerate(lengths):

@@ -9,7 +9,7 @@
 // token, head): few when rows are few, so that all SMs share in reading the partials.
 //
 //   16 / rows_per_block warps  sum a part of a row's partials each, in units of its own m
-//   the first of them          adds up the parts and divides by l*: lanes hold D / 32 dims each
+//   the first of them          adds up all parts and divides by l*: lanes hold D / 32 dims each
 //   R, one of three ways       none      nothing
 //                              Hadamard  butterflies between the lanes of that warp
 //                              dense     the product of decode_prepare, with O split into two TF32
@@ -32,10 +32,12 @@
 #include "../ptx/dynamic_smem.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_tf32.cuh"
+#include "../ptx/opaque.cuh"
 #include "../ptx/smem.cuh"
 #include "common.cuh"
 #include "decode_kernel.cuh"
 #include "decode_plan.h"
+#include "parameter_lines.cuh"
 
 namespace tq4 {
 
@@ -60,6 +62,7 @@ struct CombineConfig {
 struct CombineShared {
   float m[kCombineRows], l[kCombineRows];  // of a warp's part
   int64_t offset[kCombineRows];            // in out, elements; -1: no such row
+  ParameterLines lines[kCombineWarps];
 };
 
 // A row of the output.
@@ -96,11 +99,71 @@ __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const D
   return r;
 }
 
+// Weights of up to 32 terms of a sum, lane i holding (m, l) of term i (m = kNoReference, l = 0:
+// there is none).
+struct TermWeights {
+  float m, l;    // of the sum
+  float weight;  // of the lane's term, in units of the sum's m
+
+  __device__ __forceinline__ static TermWeights make(float m, float l) {
+    TermWeights sum;
+    sum.m = m;
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      sum.m = fmaxf(sum.m, __shfl_xor_sync(kFullWarp, sum.m, step));
+    }
+    sum.weight = ptx::exp2_approx(m - sum.m);
+    sum.l = l * sum.weight;
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      sum.l += __shfl_xor_sync(kFullWarp, sum.l, step);
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ float of(int term) const {
+    return __shfl_sync(kFullWarp, weight, term);
+  }
+};
+
+// Neighbouring dimensions that a lane loads and stores at once.
+template <int D>
+constexpr int kCombineVector = D % 128 == 0 ? 4
+                               : D == 64    ? 2
+                                            : 1;
+
+// Where a row's partial results lie: addresses of CTA 0's, though it may have none, and the bytes
+// to the next CTA's.  Worked out before the wait.
+template <int D>
+struct PartialTerms {
+  const uint8_t* stats;
+  const uint8_t* out;  // the lane's first dimension
+  uint32_t stats_pitch, out_pitch;
+  int log_parts;  // 2^log_parts warps share a row
+
+  __device__ __forceinline__ int parts() const { return 1 << log_parts; }
+  __device__ __forceinline__ uint32_t stats_step() const { return stats_pitch << log_parts; }
+  __device__ __forceinline__ uint32_t out_step() const { return out_pitch << log_parts; }
+
+  __device__ __forceinline__ static PartialTerms make(const AttentionParams& p,
+                                                      const DecodePlan& plan, const CombineRow& row,
+                                                      int log_parts) {
+    const auto* workspace = static_cast<const uint8_t*>(p.workspace);
+    const uint32_t rows = plan.heads_per_chunk * plan.max_rows;
+    const int64_t first = row.unit * rows + row.row_of_unit;
+    const int lane = threadIdx.x % kWarpSize;
+    return {
+        workspace + ptx::opaque_offset(plan.partial_stats + first * 8),
+        workspace + ptx::opaque_offset(plan.partial_out + (first * D + lane * kCombineVector<D>)*4),
+        rows * 8, rows * D * 4, log_parts};
+  }
+};
+
 // A row, or a part of its sum: a lane holds kDims dimensions, kVector neighbours at a time.
 template <int D>
 struct RowSum {
   static constexpr int kDims = D / kWarpSize;
-  static constexpr int kVector = D % 128 == 0 ? 4 : D == 64 ? 2 : 1;
+  static constexpr int kVector = kCombineVector<D>;
   static constexpr int kBatch =
       D <= 128 ? 9 : 4;  // partials loaded at once; 16 x 9 >= the SMs of an H200
   struct alignas(4 * kVector) Vector {
@@ -125,45 +188,47 @@ struct RowSum {
     for (int e = 0; e < kDims; ++e) o[e] = 0.f;
   }
 
-  // The partials of CTAs begin + part, begin + part + parts, ...
-  __device__ __forceinline__ void add(const AttentionParams& p, const DecodePlan& plan,
-                                      const CombineRow& row, int part, int parts) {
-    if (!row.exists) return;
-    const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-    const CtaRange ctas = reinterpret_cast<const CtaRange*>(workspace + plan.unit_ctas)[row.unit];
-    const int64_t stride = static_cast<int64_t>(plan.heads_per_chunk) * plan.max_rows;
-    int64_t index = (ctas.begin + part + row.unit) * stride + row.row_of_unit;
-    const int64_t step = parts * stride;
-    const auto* stats = reinterpret_cast<const float2*>(workspace + plan.partial_stats);
-    const auto* out = reinterpret_cast<const float*>(workspace + plan.partial_out);
+  // The partials of CTAs begin + part, begin + part + parts, ...  All loads of a batch are under
+  // way before the first is used; lane b has the stats of partial b.
+  __device__ __forceinline__ void add(const PartialTerms<D>& terms, CtaRange ctas, int part) {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t cta = ctas.begin + part;
+    const uint8_t* stats = terms.stats + uint64_t{cta} * terms.stats_pitch;
+    const uint8_t* out = terms.out + uint64_t{cta} * terms.out_pitch;
+    int left = (ctas.end - static_cast<int>(cta) + terms.parts() - 1) >> terms.log_parts;
 #pragma unroll 1
-    for (int left = ctas.end - ctas.begin - part; left > 0; left -= kBatch * parts) {
-      float2 stat[kBatch];
+    for (; left > 0; left -= kBatch) {
+      float2 stat = make_float2(kNoReference, 0.f);
+      if (lane < kBatch && static_cast<int>(lane) < left) {
+        stat = *reinterpret_cast<const float2*>(stats + uint64_t{lane} * terms.stats_step());
+      }
       Vector value[kBatch][kDims / kVector];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const bool exists = b * parts < left;
-        stat[b] = make_float2(kNoReference, 0.f);
-        if (exists) stat[b] = stats[index];
+        const auto* from =
+            reinterpret_cast<const Vector*>(out + static_cast<uint64_t>(b) * terms.out_step());
 #pragma unroll
         for (int v = 0; v < kDims / kVector; ++v) {
           value[b][v] = {};
-          if (exists) value[b][v] = load(out + index * D, v);
+          if (b < left) value[b][v] = from[v * kWarpSize];
         }
-        index += step;
       }
-      float top = m;
+      // What has been summed so far is one more term.
+      if (lane == kBatch) stat = make_float2(m, l);
+      const TermWeights weights = TermWeights::make(stat.x, stat.y);
+      m = weights.m;
+      l = weights.l;
+      const float old = weights.of(kBatch);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) top = fmaxf(top, stat[b].x);
-      scale(ptx::exp2_approx(m - top));
-      m = top;
+      for (int e = 0; e < kDims; ++e) o[e] *= old;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const float weight = ptx::exp2_approx(stat[b].x - top);
-        l += stat[b].y * weight;
+        const float weight = weights.of(b);
 #pragma unroll
         for (int e = 0; e < kDims; ++e) o[e] += value[b][e / kVector].x[e % kVector] * weight;
       }
+      stats += kBatch * uint64_t{terms.stats_step()};
+      out += kBatch * uint64_t{terms.out_step()};
     }
   }
 
@@ -184,21 +249,23 @@ struct RowSum {
     }
   }
 
-  // Adds what the `parts` - 1 warps after this one have put there.
-  __device__ __forceinline__ void add_parts(const float* rows, const CombineShared& shared,
+  // The sum of what this warp and the `parts` - 1 after it have put there.
+  __device__ __forceinline__ void sum_parts(const float* rows, const CombineShared& shared,
                                             int parts) {
-    const int warp = threadIdx.x / kWarpSize;
-    float top = m;
-    for (int i = 1; i < parts; ++i) top = fmaxf(top, shared.m[warp + i]);
-    scale(ptx::exp2_approx(m - top));
-    m = top;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const bool exists = lane < parts;
+    const TermWeights weights = TermWeights::make(exists ? shared.m[warp + lane] : kNoReference,
+                                                  exists ? shared.l[warp + lane] : 0.f);
+    clear();
+    m = weights.m;
+    l = weights.l;
+    const float* row = rows + warp * CombineConfig<D>::kRowPitch;
 #pragma unroll 4
-    for (int i = 1; i < parts; ++i) {
-      const float weight = ptx::exp2_approx(shared.m[warp + i] - top);
-      l += shared.l[warp + i] * weight;
-      const float* row = rows + (warp + i) * CombineConfig<D>::kRowPitch;
+    for (int i = 0; i < parts; ++i) {
+      const float weight = weights.of(i);
 #pragma unroll
       for (int e = 0; e < kDims; ++e) o[e] += row[dim(e)] * weight;
+      row += CombineConfig<D>::kRowPitch;
     }
   }
 
@@ -217,8 +284,8 @@ struct RowSum {
     scale(l == 0.f ? 0.f : __frcp_rn(l));  // NaN goes through
   }
 
-  // Times a Hadamard rotation c H diag(signs), whose row 0 is c signs.
-  __device__ __forceinline__ void transform(const float* row0) {
+  // Times a Hadamard rotation c H diag(signs), whose row 0, c signs, is given.
+  __device__ __forceinline__ void transform(const Vector (&row0)[kDims / kVector]) {
 #pragma unroll
     for (int step = 1; step < kDims; step *= 2) {
 #pragma unroll
@@ -239,9 +306,8 @@ struct RowSum {
     }
 #pragma unroll
     for (int v = 0; v < kDims / kVector; ++v) {
-      const Vector factor = load(row0, v);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) o[v * kVector + e] *= factor.x[e];
+      for (int e = 0; e < kVector; ++e) o[v * kVector + e] *= row0[v].x[e];
     }
   }
 
@@ -302,6 +368,7 @@ template <int D>
 __device__ __forceinline__ void fetch_rotation(const AttentionParams& p, float* shared) {
   using Config = CombineConfig<D>;
   if constexpr (Config::kHoldsRotation) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < D * D / 4; i += kCombineThreads) {
       const int row = i / (D / 4), column = i % (D / 4) * 4;
       ptx::cp_async<16>(ptx::smem_address(shared + row * Config::kRotationPitch + column),
@@ -391,33 +458,52 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   auto* shared = reinterpret_cast<float*>(ptx::dynamic_shared());
   float* rows = shared + Config::kRows;
   const int warp = threadIdx.x / kWarpSize;
-  const int parts = kCombineRows / rows_per_block;
-  const bool leads = warp % parts == 0;  // the warp that ends up with the row
+  const int log_parts = 31 - __clz(kCombineRows / rows_per_block), parts = 1 << log_parts;
+  const ParameterLines lines = ParameterLines::touch(p, plan);
+  const int part = warp & (parts - 1);
+  const bool leads = part == 0;  // the warp that ends up with the row
   const bool aligned = Sum::is_aligned(p);
   const DecodeBatch batch = decode_batch(p, plan);
   const int64_t num_rows = static_cast<int64_t>(p.num_seqs) * plan.seq_divider.divisor;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * rows_per_block;
   int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
-  CombineRow row = find_row(p, plan, batch, first + warp / parts);
-  ptx::wait_for_predecessor();  // every partial result is written
-
+  CombineRow row = find_row(p, plan, batch, first + (warp >> log_parts));
+  // What comes from outside is loaded before the wait, what the kernels before have found out all
+  // at once after it: one load after the other costs half a microsecond each.
+  typename Sum::Vector row0[Sum::kDims / Sum::kVector] = {};
   bool dense = p.out_rotation != nullptr;
+  float corner = 0.f;
   if (Config::kMayBeHadamard && dense) {
-    const float entry = fabsf(p.out_rotation[0]);
-    dense = *reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(p.workspace) +
-                                              plan.dense_rotation) != 0 ||
-            !(entry > 0.f && entry < INFINITY);
+#pragma unroll
+    for (int v = 0; v < Sum::kDims / Sum::kVector; ++v) row0[v] = Sum::load(p.out_rotation, v);
+    corner = fabsf(p.out_rotation[0]);
   }
-  if (dense) fetch_rotation<D>(p, shared);
+  const auto* workspace = static_cast<const uint8_t*>(p.workspace);
+  const auto range_of = [&](const CombineRow& r) {
+    return reinterpret_cast<const CtaRange*>(
+        workspace + ptx::opaque_offset(plan.unit_ctas + r.unit * int64_t{sizeof(CtaRange)}));
+  };
+  const CtaRange* range = range_of(row);
+  PartialTerms<D> terms = PartialTerms<D>::make(p, plan, row, log_parts);
+  lines.keep(tile_rows.lines);
+  ptx::wait_for_predecessor();  // every partial result is written
+  CtaRange ctas = row.exists ? *range : CtaRange{0, 0};
+  if (Config::kMayBeHadamard && dense) {
+    dense = *reinterpret_cast<const int32_t*>(workspace + plan.dense_rotation) != 0 ||
+            !(corner > 0.f && corner < INFINITY);
+  }
+  bool fetched = false;
 #pragma unroll 1
   while (true) {
     Sum sum;
     sum.clear();
-    sum.add(p, plan, row, warp % parts, parts);
+    sum.add(terms, ctas, part);
+    if (dense && !fetched) fetch_rotation<D>(p, shared);
+    fetched = true;
     if (parts > 1) {
-      if (!leads) sum.put(rows, tile_rows);
+      sum.put(rows, tile_rows);
       __syncthreads();  // the parts are there
-      if (leads) sum.add_parts(rows, tile_rows, parts);
+      if (leads) sum.sum_parts(rows, tile_rows, parts);
     }
     if (leads) {
       sum.finish(p, row);
@@ -426,19 +512,23 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     const int64_t offset =
         row.exists ? row.token * p.out_token_stride + row.head * p.out_head_stride : -1;
     if (dense) {
+      __syncwarp();  // the warp's part has been read
       if (leads) sum.put(rows, tile_rows);
       if (threadIdx.x % kWarpSize == 0) tile_rows.offset[warp] = offset;
       ptx::cp_async_wait<0>();
       __syncthreads();  // the rows, and R, are complete
       write_rotated<D>(p, shared, tile_rows, parts);
     } else if (leads && row.exists) {
-      if (Config::kMayBeHadamard && p.out_rotation != nullptr) sum.transform(p.out_rotation);
+      if (Config::kMayBeHadamard && p.out_rotation != nullptr) sum.transform(row0);
       sum.store(p, offset, aligned);
     }
     first += stride;
     if (first >= num_rows) break;
     if (parts > 1 || dense) __syncthreads();  // the rows have been read
-    row = find_row(p, plan, batch, first + warp / parts);
+    row = find_row(p, plan, batch, first + (warp >> log_parts));
+    range = range_of(row);
+    ctas = row.exists ? *range : CtaRange{0, 0};
+    terms = PartialTerms<D>::make(p, plan, row, log_parts);
   }
 }
 

@@ -37,98 +37,55 @@
 #include "decode_merge.cuh"
 #include "decode_pipeline.cuh"
 #include "decode_plan.h"
-#include "decode_schedule.h"
+#include "decode_share.cuh"
 #include "decode_step.cuh"
 #include "decode_table.cuh"
+#include "parameter_lines.cuh"
 #include "pinned.cuh"
 #include "rotation_fragments.cuh"
 
 namespace tq4 {
 
-// [1/6] Where this CTA's share begins, by the producer warp while the consumers write their tables:
-// a scan over the sequences' costs, neighbouring sequences by one lane.
-__device__ __forceinline__ void find_share(const DecodeBatch& batch, const DecodeShares& shares,
-                                           DecodeShared& shared) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int each = ceil_div(batch.num_seqs, kWarpSize);
-  const int first = min(lane * each, batch.num_seqs), last = min(first + each, batch.num_seqs);
-  const auto cost_of = [&](int seq) { return batch.unit_cost(batch.tiles(seq)); };
-  int own = 0;
-#pragma unroll 1
-  for (int seq = first; seq < last; ++seq) own += cost_of(seq);
-  int sum = own;
-#pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const int other = __shfl_up_sync(kFullWarp, sum, step);
-    if (lane >= step) sum += other;
-  }
-  const int64_t positions =
-      static_cast<int64_t>(__shfl_sync(kFullWarp, sum, kWarpSize - 1)) * batch.num_chunks;
-  const int64_t begin = share_begin(positions, blockIdx.x, shares);
-  int start = batch.num_seqs, prefix = 0;  // a CTA without a share starts past the last sequence
-  bool writes = lane == 0;
-  if (begin < positions) {
-    start = first;
-    prefix = sum - own;
-    writes = static_cast<int64_t>(prefix) * batch.num_chunks <= begin &&
-             begin < static_cast<int64_t>(sum) * batch.num_chunks;
-  }
-  if (writes) {
-#pragma unroll 1
-    while (start < last) {
-      const int next = prefix + cost_of(start);
-      if (begin < static_cast<int64_t>(next) * batch.num_chunks) break;
-      prefix = next;
-      ++start;
-    }
-    shared.walker = SegmentWalker::make(batch, positions, blockIdx.x, shares, start, prefix);
-    shared.batch = batch;
-  }
-}
+// Named barriers, besides kConsumerBarrier.
+constexpr uint32_t kTableBarrier = 2;  // of all consumer warps: the tables are written
+constexpr uint32_t kStartBarrier = 3;  // consumers -> producer: barriers (and pieces) are there
 
-// Moves the warp's scratch on to its next segment; false when the share is done.
-__device__ __forceinline__ bool next_segment(const DecodeShared& shared, WarpScratch& scratch) {
-  __syncwarp();  // all lanes are done with the scratch of the last segment
-  if (threadIdx.x % kWarpSize == 0) {
-    SegmentWalker walker = scratch.walker;
-    DecodeSegment segment{};
-    scratch.found = walker.next(shared.batch, segment);
-    scratch.walker = walker;
-    scratch.segment = segment;
-  }
-  __syncwarp();  // written
-  return reload(scratch.found) != 0;
-}
-
-// [2/6] The producer warp: for each tile, its page id (read 32 tiles at a time, one batch ahead), a
-// free stage, the copy.  It shares its scheduler with the consumers, so its instructions a tile
-// bound the rate at which tiles arrive.
+// [1/5] The producer warp: finds the CTA's share (decode_share.cuh), and for each tile of it the
+// page id (read 32 tiles at a time, one batch ahead), a free stage, the copy.  It shares its
+// scheduler with the consumers, so its instructions a tile bound the rate at which tiles arrive; and
+// at the start nothing but the barriers' initialisation holds up the first copies.
 template <typename Pipeline>
 __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
-                                        DecodeShared& shared, WarpScratch& scratch,
-                                        uint32_t stages) {
+                                        DecodeShared& shared, uint32_t stages) {
   const int lane = threadIdx.x % kWarpSize;
   const Pipeline pipeline{{p.cache, plan, shared, stages}};
+  const DecodeBatch batch = decode_batch(p, plan);
   RingPosition ring{0, 0};
-  scratch.walker = shared.walker;
-  while (next_segment(shared, scratch)) {
-    int next_page = 0;
-    int first = reload(scratch.segment.tile_begin) - kWarpSize;
+  shared.queue_end = {0, 0};
 #pragma unroll 1
-    while (true) {
-      const DecodeSegment segment = reload(scratch.segment);
-      if (first >= segment.tile_end) break;
-      const int page = next_page, ahead = first + kWarpSize + lane;
-      if (ahead < segment.tile_end) {  // entries past the last tile are garbage and never read
-        next_page =
-            p.block_table[segment.seq * p.block_table_stride + plan.block_divider.quotient(ahead)];
-      }
-      const int count = first < segment.tile_begin ? 0 : min(kWarpSize, segment.tile_end - first);
-      if (pipeline.copies_whole_tiles()) {
+  while (true) {
+    shared.share.next(batch);
+    // Read again where it is needed: registers are few.
+    const DecodeSegment& segment = shared.share.segment;
+    const auto load_page = [&](int tile) {  // entries past the last tile are garbage
+      if (tile >= reload(segment.tile_end)) return 0;
+      return p.block_table[reload(segment.seq) * p.block_table_stride +
+                           plan.block_divider.quotient(tile)];
+    };
+    int first = reload(segment.tile_begin);
+    int next_page = load_page(first + lane);
+    shared.queue.push(batch, shared.share.segment, shared.queue_end);
+    if (first == reload(segment.tile_end)) break;  // which tells the consumers
+#pragma unroll 1
+    for (; first < reload(segment.tile_end); first += kWarpSize) {
+      const int page = next_page;
+      next_page = load_page(first + kWarpSize + lane);
+      const int count = min(kWarpSize, reload(segment.tile_end) - first);
+      const int chunk = reload(segment.chunk);
+      if (Pipeline::copies_whole_tiles(plan)) {
         const int tile = first + lane;
-        const int block = static_cast<int>(plan.block_divider.quotient(max(tile, 0)));
-        pipeline.copy_tiles(page, tile - block * plan.tiles_per_block, segment.chunk, count, ring);
-        first += kWarpSize;
+        const int block = static_cast<int>(plan.block_divider.quotient(tile));
+        pipeline.copy_tiles(page, tile - block * plan.tiles_per_block, chunk, count, ring);
         continue;
       }
 #pragma unroll 1
@@ -137,10 +94,9 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
         const int its_page = __shfl_sync(kFullWarp, page, mine % kWarpSize);
         const int block = static_cast<int>(plan.block_divider.quotient(first + mine));
         pipeline.copy(mine < min(count, i + pipeline.batch()), its_page,
-                      first + mine - block * plan.tiles_per_block, segment.chunk, ring);
+                      first + mine - block * plan.tiles_per_block, chunk, ring);
         ring.advance(min(pipeline.batch(), count - i), plan.num_stages);
       }
-      first += kWarpSize;
     }
   }
 }
@@ -168,7 +124,7 @@ __device__ __forceinline__ void check_output_rotation(const AttentionParams& p,
   }
 }
 
-// [3/6] The lane's rows of one segment: quantised q and scales.  Rows past the last repeat it;
+// [2/5] The lane's rows of one segment: quantised q and scales.  Rows past the last repeat it;
 // nobody reads their results.
 template <typename Config>
 __device__ __forceinline__ void load_rows(const AttentionParams& p, const DecodePlan& plan,
@@ -229,7 +185,7 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
   return hidden;
 }
 
-// [4/6] One tile.  The stage is given back as soon as its last bytes are in registers.
+// [3/5] One tile.  The stage is given back as soon as its last bytes are in registers.
 template <typename Config, typename Hidden>
 __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage, uint32_t empty,
                                              uint32_t lane_table, const LaneOffsets& at,
@@ -263,7 +219,7 @@ __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t st
   accumulate_values<Config>(lane_table, words, weights, state);
 }
 
-// [5/6] One segment: its tiles, team by team.
+// [4/5] One segment: its tiles, team by team.
 template <typename Config>
 __device__ __forceinline__ void consume_segment(const AttentionParams& p, const DecodePlan& plan,
                                                 const WarpScratch& scratch, uint32_t lane_table,
@@ -319,7 +275,7 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   }
 }
 
-// [6/6] The teams' results become one, which goes to the workspace.
+// [5/5] The teams' results become one, which goes to the workspace.
 template <typename Config>
 __device__ __forceinline__ void finish_segment(const AttentionParams& p, const DecodePlan& plan,
                                                WarpScratch& scratch, uint32_t exchange,
@@ -349,7 +305,7 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
   scratch.ring = ring;
 }
 
-// What a consumer warp does before the CTA's barrier: its rows of the tables, its place.
+// What a consumer warp does before the consumers' barrier: its rows of the tables, its place.
 template <typename Config>
 __device__ __forceinline__ void write_tables(const AttentionParams& p, const DecodePlan& plan,
                                              DecodeShared& shared, uint32_t smem) {
@@ -375,15 +331,15 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
 template <typename Config>
 __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
                                         DecodeShared& shared, uint32_t smem) {
-  const uint32_t barriers = smem + plan.shared_offset;
+  const uint32_t barriers = smem + decode_shared_offset(Config::kMode);
   const uint32_t stages = smem + plan.stage_offset;
-  const uint32_t exchange = smem + plan.merge_offset;
+  const uint32_t exchange = smem + decode_merge_offset(Config::kMode);
   const uint32_t lane_table = smem + 4 * (threadIdx.x % kWarpSize);
   WarpScratch& scratch = shared.warps[threadIdx.x / kWarpSize];
   const ConsumerPlace place = reload(scratch.place);
   if (place.team >= plan.teams) return ptx::wait_for_predecessor();
   scratch.ring = {0, 0};
-  scratch.walker = shared.walker;
+  scratch.queue = {0, 0};
 
   KeyCodes<Config> key_codes{};
   if constexpr (Config::kSplitKeys) {
@@ -392,12 +348,34 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
     key_codes.load(shared.plain_codes);
   }
   const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
-  bool found = next_segment(shared, scratch);
+  bool found = shared.queue.pop(scratch.segment, scratch.queue);
   ptx::wait_for_predecessor();  // decode_prepare has written q
-  for (; found; found = next_segment(shared, scratch)) {
+  for (; found; found = shared.queue.pop(scratch.segment, scratch.queue)) {
     DecodeState<Config> state;
     consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes, state);
     finish_segment<Config>(p, plan, scratch, exchange, state);
+  }
+}
+
+// What the producer waits for before its first copy, by the first lane of each consumer warp.
+template <typename Pipeline>
+__device__ __forceinline__ void init_barriers(const DecodePlan& plan, DecodeShared& shared,
+                                              int warps) {
+  const int warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll 1
+    for (int stage = warp; stage < plan.num_stages; stage += warps) {
+      ptx::mbarrier_init(ptx::smem_address(&shared.full[stage]), Pipeline::kFullArrivals);
+      ptx::mbarrier_init(ptx::smem_address(&shared.empty[stage]), plan.slots);
+    }
+    if (warp < SegmentQueue::kLength) shared.queue.init(warp, plan.slots * plan.teams);
+    ptx::mbarrier_fence_init();
+  }
+  if (Pipeline::copies_pieces(plan)) {
+#pragma unroll 1
+    for (int piece = threadIdx.x; piece < plan.copy.num_pieces(); piece += warps * kWarpSize) {
+      shared.pieces[piece] = plan.copy.piece(piece);
+    }
   }
 }
 
@@ -406,40 +384,30 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     decode_kernel(const __grid_constant__ AttentionParams p,
                   const __grid_constant__ DecodePlan plan) {
   using Pipeline = std::conditional_t<Config::kBulk, BulkPipeline, CpAsyncPipeline>;
+  constexpr int kConsumers = Config::kWarps * kWarpSize;
+  static_assert(Config::kWarps >= SegmentQueue::kLength, "a warp for each barrier of the queue");
   uint8_t* bytes = ptx::dynamic_shared();
-  auto& shared = *reinterpret_cast<DecodeShared*>(bytes + plan.shared_offset);
+  auto& shared = *reinterpret_cast<DecodeShared*>(bytes + decode_shared_offset(Config::kMode));
   const uint32_t smem = ptx::smem_address(bytes);
-  const uint32_t barriers = smem + plan.shared_offset;
   const int warp = threadIdx.x / kWarpSize;
   ptx::allow_dependent_launch();
-
-  // The wait for the first loads is the same for producer and consumers, so they share one barrier.
-  if (warp < Config::kWarps) {
-    write_tables<Config>(p, plan, shared, smem);
-  } else if (warp == Config::kWarps) {
-    const int lane = threadIdx.x % kWarpSize;
-    for (int stage = lane; stage < plan.num_stages; stage += kWarpSize) {
-      const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
-      const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
-      ptx::mbarrier_init(full + 8 * stage, Pipeline::kFullArrivals);
-      ptx::mbarrier_init(empty + 8 * stage, plan.slots);
-    }
-    ptx::mbarrier_fence_init();
-    for (int piece = lane; Config::kBulk && piece < plan.copy.num_pieces(); piece += kWarpSize) {
-      shared.pieces[piece] = plan.copy.piece(piece);
-    }
-    find_share(decode_batch(p, plan), plan.shares, shared);
-  }
-  __syncthreads();  // tables, barriers and the share are there
 
   if (warp >= Config::kWarps) {
     if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();
     if (warp == Config::kWarps) {
-      produce<Pipeline>(p, plan, shared, shared.warps[Config::kWarps], smem + plan.stage_offset);
+      shared.share.begin(decode_batch(p, plan), plan.shares);
+      ptx::named_barrier_sync(kStartBarrier, kConsumers + kWarpSize);  // the barriers are there
+      produce<Pipeline>(p, plan, shared, smem + plan.stage_offset);
       check_output_rotation<Config::D>(p, plan);
     }
   } else {
+    const ParameterLines lines = ParameterLines::touch(p, plan);
+    init_barriers<Pipeline>(plan, shared, Config::kWarps);
+    ptx::named_barrier_arrive(kStartBarrier, kConsumers + kWarpSize);
+    write_tables<Config>(p, plan, shared, smem);
+    lines.keep(shared.lines);
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
+    ptx::named_barrier_sync(kTableBarrier, kConsumers);
     consume<Config>(p, plan, shared, smem);
   }
 }

@@ -7,7 +7,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include "../params.h"
 #include "../ptx/bulk_copy.cuh"
@@ -15,28 +14,10 @@
 #include "../ptx/smem.cuh"
 #include "decode_key_codes.cuh"
 #include "decode_plan.h"
-#include "decode_schedule.h"
+#include "decode_share.cuh"
+#include "parameter_lines.cuh"
 
 namespace tq4 {
-
-// A position in the stage ring, advanced tile by tile.
-struct RingPosition {
-  int stage;
-  uint32_t parity;  // of the phase in which the stage is filled for this tile
-
-  // By at most twice around.
-  __device__ __forceinline__ void advance(int tiles, int num_stages) {
-    stage += tiles;
-    if (stage >= num_stages) {
-      stage -= num_stages;
-      parity ^= 1;
-    }
-    if (tiles > num_stages && stage >= num_stages) {
-      stage -= num_stages;
-      parity ^= 1;
-    }
-  }
-};
 
 // A consumer warp's place in the CTA.
 struct ConsumerPlace {
@@ -49,9 +30,8 @@ struct ConsumerPlace {
 // What a consumer warp needs between tiles of different segments only, kept out of the registers of
 // the tile loop.
 struct WarpScratch {
-  SegmentWalker walker;
   DecodeSegment segment;
-  int32_t found;  // there is a segment
+  RingPosition queue;  // of the next segment
   ConsumerPlace place;
   RingPosition ring;  // of the segment's first tile
 };
@@ -59,27 +39,15 @@ struct WarpScratch {
 struct DecodeShared {
   uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
   PlainKeyCodes::Tables plain_codes;
-  SegmentWalker walker;              // at the start of the share
-  DecodeBatch batch;                 // a copy that does not occupy registers between segments
-  WarpScratch warps[16 + 1];         // the last is the producer's
+  ShareWalk share;
+  SegmentQueue queue;
+  RingPosition queue_end;  // where the producer adds the next segment
+  WarpScratch warps[16];
   CopyPiece pieces[kMaxCopyPieces];  // of a tile, for bulk copies
   SplitKeyCodes::Tables split_codes;
+  ParameterLines lines[16];
 };
 static_assert(sizeof(DecodeShared) <= kDecodeSharedBytes, "reserved by the plan");
-
-// A copy of an object in shared memory that the compiler cannot know from before.
-template <typename T>
-__device__ __forceinline__ T reload(const T& object) {
-  static_assert(sizeof(T) % 4 == 0, "in words");
-  uint32_t words[sizeof(T) / 4];
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) {
-    words[i] = ptx::ld_shared_u32(ptx::smem_address(&object) + 4 * i);
-  }
-  T copy;
-  memcpy(&copy, words, sizeof(T));
-  return copy;
-}
 
 // What both have.
 struct DecodeRing {
@@ -105,7 +73,8 @@ struct DecodeRing {
 
 // sm_80: cp.async, 16 bytes a lane where alignment allows.
 struct CpAsyncPipeline : DecodeRing {
-  TQ4_DEVICE static constexpr bool copies_whole_tiles() { return false; }
+  TQ4_DEVICE static constexpr bool copies_whole_tiles(const DecodePlan&) { return false; }
+  TQ4_DEVICE static constexpr bool copies_pieces(const DecodePlan&) { return false; }
   TQ4_DEVICE static void copy_tiles(int, int, int, int, RingPosition&) {}
   static constexpr int kFullArrivals = kWarpSize;
   TQ4_DEVICE static constexpr int batch() { return 1; }
@@ -159,8 +128,12 @@ struct CpAsyncPipeline : DecodeRing {
 struct BulkPipeline : DecodeRing {
   static constexpr int kFullArrivals = 1;
 
-  __device__ __forceinline__ bool copies_whole_tiles() const {
-    return plan.bulk_batch == 1 && plan.copy.num_pieces() == 1;
+  __device__ __forceinline__ static bool copies_whole_tiles(const DecodePlan& plan) {
+    return plan.whole_tiles;
+  }
+  // copy() takes them from shared memory.
+  __device__ __forceinline__ static bool copies_pieces(const DecodePlan& plan) {
+    return !copies_whole_tiles(plan);
   }
 
   // `count` tiles; `page` and `tile_in_block` of tile i are lane i's, who works out where it is.

@@ -68,11 +68,20 @@ constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel 
 
 constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
 constexpr int kDecodeMaxStages = 64;
-constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3200;  // barriers and scratch
+constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3712;  // barriers and scratch
 constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
 // One sender's: its quads, then m and l of its rows, a word a lane.
 TQ4_HOST_DEVICE constexpr int merge_area_bytes(int octets) {
   return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize;
+}
+
+// Where the shared memory of the main kernel goes: tables, barriers and scratch, merge exchange,
+// stages.
+TQ4_HOST_DEVICE constexpr int decode_shared_offset(DecodeMode mode) {
+  return (has_int8_query(mode) ? 1 : 2) * kDecodeTableBytes;
+}
+TQ4_HOST_DEVICE constexpr int decode_merge_offset(DecodeMode mode) {
+  return decode_shared_offset(mode) + kDecodeSharedBytes;
 }
 
 // Shared memory of a CTA by compute capability, after opt-in.
@@ -100,6 +109,7 @@ struct DecodePlan {
   int32_t warps;  // consumer warps, slots * teams of them active
   int32_t num_stages;
   int32_t bulk_batch;  // tiles that the producer handles at once, a lane each; 1: a lane a run
+  int32_t whole_tiles;  // a tile is one bulk copy, and they are handled one by one
   int32_t tiles_per_block;
   Divider block_divider;  // by tiles_per_block
   int32_t segment_cost;
@@ -107,7 +117,7 @@ struct DecodePlan {
   DecodeShares shares;
   // For the combine kernel: by max_query_len * num_q_heads, num_q_heads, group, heads_per_chunk.
   Divider seq_divider, query_divider, group_divider, chunk_divider;
-  int32_t shared_offset, merge_offset, stage_offset, smem_bytes;  // shared memory
+  int32_t stage_offset, smem_bytes;  // shared memory
   // Rows of q in the workspace, Hq a token: T tokens or, where only sequences of up to
   // short_query_len tokens count, so many for each of B sequences, used or not.
   int64_t query_rows;
@@ -124,8 +134,8 @@ struct DecodePlan {
 
 TQ4_HOST_DEVICE DecodeBatch decode_batch(const AttentionParams& p, const DecodePlan& plan) {
   const int most_queries = p.short_query_len > 0 ? p.short_query_len : INT32_MAX;
-  return {p.seq_lens,    p.query_start_loc, most_queries,    p.num_seqs,
-          p.window_left, p.window_right,    plan.num_chunks, plan.segment_cost};
+  return {p.seq_lens,    p.query_start_loc, most_queries,     p.num_seqs,
+          p.window_left, plan.num_chunks,   plan.segment_cost};
 }
 
 // Whether a lane's codes can be read by vector loads of DecodeMap's alignment.
@@ -369,8 +379,6 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   plan.bulk = bulk;
   plan.warps = decode_warps(view.head_dim, plan.mode, bulk);
   plan.row_groups = ceil_div(plan.max_rows, 8 * octets);
-  plan.shared_offset = (has_int8_query(plan.mode) ? 1 : 2) * kDecodeTableBytes;
-  plan.merge_offset = plan.shared_offset + kDecodeSharedBytes;
   plan.num_stages = 0;
   // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
   // copied, and the fewer partial results.
@@ -391,7 +399,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     int half = 1;
     while (2 * half < plan.teams) half *= 2;
     const int senders = plan.teams > 1 ? std::max(plan.teams - half, half / 2) * plan.slots : 0;
-    plan.stage_offset = plan.merge_offset + round_up(senders * merge_area_bytes(octets), 128);
+    plan.stage_offset = decode_merge_offset(plan.mode) +
+                        round_up(senders * merge_area_bytes(octets), 128);
     plan.num_stages =
         std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
     if (plan.num_stages >= 3) break;
@@ -399,6 +408,7 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   plan.teams = std::min(plan.teams, plan.num_stages);
   // Few KV heads: many small stages, filled by a copy each.
   plan.bulk_batch = plan.copy.num_pieces() == 1 && plan.num_stages >= 32 ? plan.num_stages / 8 : 1;
+  plan.whole_tiles = plan.bulk_batch == 1 && plan.copy.num_pieces() == 1;
   return plan.num_stages >= 2;
 }
 

@@ -20,8 +20,10 @@
 #include "../ptx/arith.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_tf32.cuh"
+#include "../ptx/prefetch.cuh"
 #include "common.cuh"
 #include "decode_plan.h"
+#include "parameter_lines.cuh"
 #include "query_recipe.cuh"
 #include "rotate.cuh"
 
@@ -199,10 +201,21 @@ __device__ __forceinline__ void clear_findings(const AttentionParams& p, const D
   auto* ranges = reinterpret_cast<CtaRange*>(workspace + plan.unit_ctas);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+#pragma unroll 1
   for (int64_t i = first; i < static_cast<int64_t>(p.num_seqs) * plan.num_chunks; i += step) {
     ranges[i] = {0, 0};
   }
   if (first == 0) *reinterpret_cast<int32_t*>(workspace + plan.dense_rotation) = 0;
+}
+
+// What the main kernel's producers ask for first, one thing after the other, into L2 meanwhile.
+__device__ __forceinline__ void prefetch_batch(const AttentionParams& p) {
+  constexpr int kLine = 32;  // words
+  const int64_t word = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
+  if (word < p.num_seqs) ptx::prefetch_l2(p.seq_lens + word);
+  if (word < (p.num_seqs - 1) * p.block_table_stride + p.max_blocks) {
+    ptx::prefetch_l2(p.block_table + word);
+  }
 }
 
 template <int D>
@@ -212,8 +225,10 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
   using Config = PrepareConfig<D>;
   __shared__ float maxima[kPrepareRows][Config::kWarps];
   __shared__ uint2 row_storage[kPrepareRows * Config::kRowPitch / 4];
+  __shared__ ParameterLines kept_lines[Config::kWarps];
   ptx::allow_dependent_launch();
 
+  const ParameterLines lines = ParameterLines::touch(p, plan);
   auto* rows = reinterpret_cast<uint16_t*>(row_storage);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
@@ -225,7 +240,6 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
        static_cast<uint64_t>(p.q_head_stride * 2)) %
           8 ==
       0;
-  clear_findings(p, plan);
   const bool rotates = p.q_rotation != nullptr;
   QueryPieces<D> pieces;
   RotationTile<D> rotation;
@@ -234,6 +248,10 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
   first = next_block(p, batch, first, step, num_rows);
   pieces.find(p, plan, batch, first, num_rows);
   pieces.load(aligned8);
+  clear_findings(p, plan);
+  prefetch_batch(p);
+  const float scale = unit_scale(p, plan);
+  lines.keep(kept_lines);
 
 #pragma unroll 1
   while (first < num_rows) {
@@ -288,7 +306,8 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     }
     __syncthreads();  // every warp's maxima are there; the rows have been read
 
-#pragma unroll
+    // A loop, though of two: its code is long, and fetched for the first time.
+#pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       float largest = 0.f;
 #pragma unroll
@@ -296,11 +315,12 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
         largest = ptx::max_nan(largest, maxima[8 * i + g][w]);
       }
       const int index = first + 8 * i + g;
-      if (index >= num_rows) continue;
+      if (index >= num_rows) break;
 #pragma unroll
       for (int tile = 0; tile < Config::kTiles; ++tile) {
         const int64_t at = int64_t{index} * D + 8 * (warp + tile * Config::kWarps) + 2 * t;
-        write_query<D>(p, plan, at, largest, c[tile][2 * i], c[tile][2 * i + 1]);
+        write_query<D>(p, plan, at, largest, i == 0 ? c[tile][0] : c[tile][2],
+                       i == 0 ? c[tile][1] : c[tile][3]);
       }
       if (warp == 0 && t == 0) {
         // A NaN in the row goes into its scale, and so into every score.
@@ -310,7 +330,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
                                            : __fdiv_rn(1.f, fp16_row_scale(largest));
         }
         reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + plan.query_scale)[index] =
-            unit * unit_scale(p, plan);
+            unit * scale;
       }
     }
     first = next;

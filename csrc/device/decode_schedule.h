@@ -26,14 +26,13 @@ struct TileRange {
   int begin, end;
 };
 
-// Tiles that at least one of the sequence's query tokens can see.
-TQ4_HOST_DEVICE TileRange visible_tiles(int num_keys, int num_queries, int window_left,
-                                        int window_right) {
+// Tiles that at least one of the sequence's query tokens can see.  The last of them sees the last key
+// whatever the window to the right.
+TQ4_HOST_DEVICE TileRange visible_tiles(int num_keys, int num_queries, int window_left) {
   if (num_keys <= 0 || num_queries <= 0) return {0, 0};
-  const KeyRange keys =
-      visible_keys(num_keys - num_queries, num_keys - 1, window_left, window_right, num_keys);
-  if (keys.begin >= keys.end) return {0, 0};
-  return {keys.begin / kTileTokens, ceil_div(keys.end, kTileTokens)};
+  const int first_key = num_keys - num_queries - window_or_max(window_left);
+  return {(first_key > 0 ? first_key : 0) / kTileTokens,
+          static_cast<int>((static_cast<uint32_t>(num_keys) + kTileTokens - 1) / kTileTokens)};
 }
 
 // The batch as the scheduler sees it.
@@ -42,7 +41,7 @@ struct DecodeBatch {
   const int32_t* query_start_loc;  // [B + 1], or null: one query token a sequence
   int32_t most_queries;            // sequences of more query tokens are left alone
   int32_t num_seqs;
-  int32_t window_left, window_right;
+  int32_t window_left;
   int32_t num_chunks;    // chunks of KV heads: units of a sequence
   int32_t segment_cost;  // in tiles
 
@@ -55,7 +54,7 @@ struct DecodeBatch {
     return count > most_queries ? 0 : count;
   }
   TQ4_HOST_DEVICE TileRange tiles(int seq) const {
-    return visible_tiles(seq_lens[seq], num_queries(seq), window_left, window_right);
+    return visible_tiles(seq_lens[seq], num_queries(seq), window_left);
   }
   // Positions of one unit of the sequence.
   TQ4_HOST_DEVICE int unit_cost(TileRange range) const {
@@ -70,21 +69,33 @@ struct DecodeShares {
   int32_t first_late, late_cost;
 };
 
-// First position of a CTA.  With fewer positions than CTAs the first `total` CTAs take one each: a
-// CTA without a position between two that share a unit would be a hole in the unit's partial
-// results.
-TQ4_HOST_DEVICE int64_t share_begin(int64_t total, int cta, const DecodeShares& shares) {
+// Positions [begin, begin + length) of the line.
+struct DecodeShare {
+  int64_t begin;
+  int32_t length;
+};
+
+// What a CTA takes.  With fewer positions than CTAs the first `total` CTAs take one each: a CTA
+// without a position between two that share a unit would be a hole in the unit's partial results.
+TQ4_HOST_DEVICE DecodeShare share_of(int64_t total, int cta, const DecodeShares& shares) {
   const int grid = static_cast<int>(shares.grid.divisor);
-  if (total < grid) return cta < total ? cta : total;
-  if (total > INT32_MAX / 2) return total * cta / grid;  // late or not makes no difference
-  const int most =
-      static_cast<int>(shares.grid.quotient(static_cast<uint32_t>(total))) - 1;  // leaves one
+  int shift = 0;  // a very long line is dealt out in larger pieces, so that 32 bits suffice
+  while (total >> shift > INT32_MAX / 2) ++shift;
+  const int count = static_cast<int>(total >> shift);
+  const int most = static_cast<int>(shares.grid.quotient(count)) - 1;  // leaves one
   const int late = most < shares.late_cost ? most : shares.late_cost;
-  const int late_before = cta > shares.first_late ? cta - shares.first_late : 0;
   // all = a grid + b: all * cta / grid without 64 bits.
-  const uint32_t all = static_cast<uint32_t>(total) + late * (grid - shares.first_late);
+  const uint32_t all = count + late * (grid - shares.first_late);
   const uint32_t a = shares.grid.quotient(all), b = all - a * grid;
-  return static_cast<int64_t>(a) * cta + shares.grid.quotient(b * cta) - late * late_before;
+  const int early = cta - shares.first_late;  // late CTAs before this one, where not negative
+  const uint32_t first = a * cta + shares.grid.quotient(b * cta);
+  const uint32_t next = a * (cta + 1) + shares.grid.quotient(b * (cta + 1));
+  int begin = static_cast<int>(first) - late * (early > 0 ? early : 0);
+  int length = static_cast<int>(next - first) - (early >= 0 ? late : 0);
+  if (count < grid) begin = cta < count ? cta : count, length = cta < count;
+  DecodeShare share = {static_cast<int64_t>(begin) << shift, length << shift};
+  if (cta + 1 == grid) share.length = static_cast<int32_t>(total - share.begin);
+  return share;
 }
 
 // The tiles [tile_begin, tile_end) of one unit that one CTA computes.
@@ -93,6 +104,12 @@ struct DecodeSegment {
   int num_keys, num_queries, query_begin;  // of the sequence
   int tile_begin, tile_end;
   int begins_unit, ends_unit;  // whether it has the unit's first tile, and its last
+
+  TQ4_HOST_DEVICE void describe(const DecodeBatch& batch) {
+    num_keys = batch.seq_lens[seq];
+    num_queries = batch.num_queries(seq);
+    query_begin = batch.query_begin(seq);
+  }
 };
 
 // Walks the segments of one CTA.  Positions count from the first of the share: 32 bits.
@@ -106,47 +123,58 @@ struct SegmentWalker {
   TQ4_HOST_DEVICE static SegmentWalker make(const DecodeBatch& batch, int64_t total, int cta,
                                             const DecodeShares& shares, int start_seq,
                                             int start_prefix) {
-    const int64_t begin = share_begin(total, cta, shares);
-    int64_t position = static_cast<int64_t>(start_prefix) * batch.num_chunks - begin;
-    // Whole units before the share are stepped over here: next() would see them as positions far
-    // below zero.
+    const DecodeShare share = share_of(total, cta, shares);
     SegmentWalker walker;
-    walker.end = static_cast<int32_t>(share_begin(total, cta + 1, shares) - begin);
+    walker.end = share.length;
     walker.seq = start_seq;
-    walker.chunk = 0;
-    if (start_seq < batch.num_seqs) {
-      const int cost = batch.unit_cost(batch.tiles(start_seq));
-      while (cost > 0 && position + cost <= 0 && walker.chunk + 1 < batch.num_chunks) {
-        position += cost;
-        ++walker.chunk;
-      }
-    }
-    walker.position = static_cast<int32_t>(position);
+    const int cost = start_seq < batch.num_seqs ? batch.unit_cost(batch.tiles(start_seq)) : 0;
+    walker.enter(cost, start_prefix + cost, share.begin, batch.num_chunks);
     return walker;
+  }
+
+  // Stands the walker before the first unit of the share: its sequence costs `cost`, and with all
+  // before it `sum`, for each chunk.
+  TQ4_HOST_DEVICE void enter(int cost, int sum, int64_t begin, int num_chunks) {
+    int64_t at = static_cast<int64_t>(sum - cost) * num_chunks - begin;
+    chunk = 0;
+    // Whole units before the share are stepped over here: take() would see them as positions far
+    // below zero.
+    while (cost > 0 && at + cost <= 0 && chunk + 1 < num_chunks) {
+      at += cost;
+      ++chunk;
+    }
+    position = static_cast<int32_t>(at);
+  }
+
+  TQ4_HOST_DEVICE bool is_done(const DecodeBatch& batch) const {
+    return position >= end || seq >= batch.num_seqs;
+  }
+
+  // Steps over the unit it stands at, whose tiles are `range`.  False when none of them is in the
+  // share; else `segment` has what is known so far.
+  TQ4_HOST_DEVICE bool take(const DecodeBatch& batch, TileRange range, DecodeSegment& segment) {
+    const int tiles = range.end - range.begin;
+    const int first = position + batch.segment_cost;  // of the unit's first tile
+    const int lo = -first, hi = end - first;
+    segment.tile_begin = range.begin + (lo < 0 ? 0 : lo < tiles ? lo : tiles);
+    segment.tile_end = range.begin + (hi < 0 ? 0 : hi < tiles ? hi : tiles);
+    segment.seq = seq;
+    segment.chunk = chunk;
+    segment.begins_unit = segment.tile_begin == range.begin;
+    segment.ends_unit = segment.tile_end == range.end;
+    position += batch.unit_cost(range);
+    if (++chunk == batch.num_chunks) {
+      chunk = 0;
+      ++seq;
+    }
+    return segment.tile_begin < segment.tile_end;
   }
 
   // False when the share is done.
   TQ4_HOST_DEVICE bool next(const DecodeBatch& batch, DecodeSegment& segment) {
-    while (position < end && seq < batch.num_seqs) {
-      const TileRange range = batch.tiles(seq);
-      const int tiles = range.end - range.begin;
-      const int first = position + batch.segment_cost;  // of the unit's first tile
-      const int lo = -first, hi = end - first;
-      segment.tile_begin = range.begin + (lo < 0 ? 0 : lo < tiles ? lo : tiles);
-      segment.tile_end = range.begin + (hi < 0 ? 0 : hi < tiles ? hi : tiles);
-      segment.seq = seq;
-      segment.chunk = chunk;
-      position += batch.unit_cost(range);
-      if (++chunk == batch.num_chunks) {
-        chunk = 0;
-        ++seq;
-      }
-      if (segment.tile_begin < segment.tile_end) {
-        segment.begins_unit = segment.tile_begin == range.begin;
-        segment.ends_unit = segment.tile_end == range.end;
-        segment.num_keys = batch.seq_lens[segment.seq];
-        segment.num_queries = batch.num_queries(segment.seq);
-        segment.query_begin = batch.query_begin(segment.seq);
+    while (!is_done(batch)) {
+      if (take(batch, batch.tiles(seq), segment)) {
+        segment.describe(batch);
         return true;
       }
     }

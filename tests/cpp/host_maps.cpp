@@ -152,15 +152,14 @@ std::tuple<bool, std::vector<int>, std::vector<int>> cell_indices(
 // [(cta, seq, chunk, first tile, end tile)] of a decode batch over a grid.
 std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_lens,
                                                 const std::vector<int32_t>& query_start_loc,
-                                                int window_left, int window_right, int num_chunks,
-                                                int segment_cost, int grid) {
+                                                int window_left, int num_chunks, int segment_cost,
+                                                int grid) {
   tq4::DecodeBatch batch{};
   batch.seq_lens = seq_lens.data();
   batch.query_start_loc = query_start_loc.empty() ? nullptr : query_start_loc.data();
   batch.most_queries = INT32_MAX;
   batch.num_seqs = static_cast<int>(seq_lens.size());
   batch.window_left = window_left;
-  batch.window_right = window_right;
   batch.num_chunks = num_chunks;
   batch.segment_cost = segment_cost;
   std::vector<int32_t> prefix{0};
@@ -171,7 +170,7 @@ std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_
   const tq4::DecodeShares shares{tq4::Divider::make(grid), grid, 0};
   std::vector<std::array<int, 5>> segments;
   for (int cta = 0; cta < grid && total > 0; ++cta) {
-    const int64_t begin = tq4::share_begin(total, cta, shares);
+    const int64_t begin = tq4::share_of(total, cta, shares).begin;
     int seq = 0;
     while (seq + 1 < batch.num_seqs && int64_t{prefix[seq + 1]} * num_chunks <= begin) ++seq;
     auto walker = tq4::SegmentWalker::make(batch, total, cta, shares, seq, prefix[seq]);

@@ -174,8 +174,11 @@ void check_schedule(Batch* owner, const tq4::DecodeShares& shares) {
   std::map<std::pair<int, int>, tq4::CtaRange> ranges;  // as the segments at a unit's ends say
   std::set<int> partials;
   for (int cta = 0; cta < grid && total > 0; ++cta) {
-    const int64_t begin = tq4::share_begin(total, cta, shares);
-    CHECK(begin <= tq4::share_begin(total, cta + 1, shares));
+    const tq4::DecodeShare share = tq4::share_of(total, cta, shares);
+    const int64_t begin = share.begin;
+    CHECK(share.length >= 0);
+    CHECK(begin + share.length ==
+          (cta + 1 < grid ? tq4::share_of(total, cta + 1, shares).begin : total));
     int start = 0;
     while (start + 1 < num_seqs && int64_t{prefix[start + 1]} * batch.num_chunks <= begin) ++start;
     auto walker = tq4::SegmentWalker::make(batch, total, cta, shares, start, prefix[start]);
@@ -241,10 +244,29 @@ void check_schedules() {
     batch.num_chunks = random.range(1, 3);
     batch.segment_cost = random.range(1, 4);
     batch.window_left = random.range(0, 2) == 0 ? random.range(0, 300) : -1;
-    batch.window_right = random.range(0, 2) == 0 ? 0 : -1;
     for (int grid : {1, 3, 16, 132}) {
       check_schedule(&owner, {tq4::Divider::make(grid), random.range(0, grid), random.range(0, 9)});
     }
+  }
+}
+
+// Lines too long for 32 bits are shared out as well.
+void check_long_shares() {
+  Random random(6);
+  for (int round = 0; round < 2000; ++round) {
+    const int64_t total = static_cast<int64_t>(random.next() >> random.range(24, 63));
+    const int grid = random.range(1, 200);
+    const tq4::DecodeShares shares{tq4::Divider::make(grid), random.range(0, grid),
+                                   random.range(0, 9)};
+    if (total / grid > INT32_MAX / 4) continue;
+    int64_t at = 0;
+    for (int cta = 0; cta < grid; ++cta) {
+      const tq4::DecodeShare share = tq4::share_of(total, cta, shares);
+      CHECK(share.begin == at && share.length >= 0);
+      CHECK(total < 100 * grid || share.length <= total / grid + total / grid / 8 + 10);
+      at += share.length;
+    }
+    CHECK(at == total);
   }
 }
 
@@ -254,7 +276,7 @@ void check_visible_tiles() {
   for (int round = 0; round < 4000; ++round) {
     const int keys = random.range(0, 120), queries = random.range(0, 6);
     const int left = random.range(-1, 50), right = random.range(-1, 3);
-    const tq4::TileRange range = tq4::visible_tiles(keys, queries, left, right);
+    const tq4::TileRange range = tq4::visible_tiles(keys, queries, left);
     int begin = -1, end = -1;
     for (int key = 0; key < keys; ++key) {
       for (int query = 0; query < queries; ++query) {
@@ -283,5 +305,6 @@ int main() {
   check_plans();
   check_visible_tiles();
   check_schedules();
+  check_long_shares();
   return tq4::test::report("test_decode_plan");
 }

@@ -262,6 +262,8 @@ enum Kind {
   kShuffleXor,
   kShuffleUp,
   kVote,
+  kBallot,
+  kReduceAdd,
   kMmaInt8,
   kMmaHalf,
   kMmaTf32,
@@ -357,7 +359,7 @@ T __shfl_xor_sync(uint32_t, T value, int mask) {
 template <typename T>
 T __shfl_up_sync(uint32_t, T value, int delta) {
   const auto all = emulation::exchange(emulation::kShuffleUp, emulation::to_bits(value));
-  return emulation::from_bits<T>(all[max(0, emulation::lane() - delta) + 0][0]);
+  return emulation::from_bits<T>(all[max(0, emulation::lane() - delta)][0]);
 }
 inline bool __all_sync(uint32_t, bool value) {
   const auto all = emulation::exchange(emulation::kVote, value);
@@ -365,6 +367,20 @@ inline bool __all_sync(uint32_t, bool value) {
   for (int i = 0; i < 32; ++i) result = result && all[i][0] != 0;
   return result;
 }
+inline uint32_t __ballot_sync(uint32_t, bool value) {
+  const auto all = emulation::exchange(emulation::kBallot, value);
+  uint32_t result = 0;
+  for (int i = 0; i < 32; ++i) result |= static_cast<uint32_t>(all[i][0] != 0) << i;
+  return result;
+}
+inline int __reduce_add_sync(uint32_t, int value) {
+  const auto all = emulation::exchange(emulation::kReduceAdd, static_cast<uint32_t>(value));
+  uint32_t result = 0;
+  for (int i = 0; i < 32; ++i) result += static_cast<uint32_t>(all[i][0]);
+  return static_cast<int>(result);
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline bool __any_sync(uint32_t, bool value) { return !__all_sync(0, !value); }
 inline void __syncwarp() { emulation::exchange(emulation::kSync, 0); }
 inline void __syncthreads() { emulation::barrier(0, emulation::machine().threads); }

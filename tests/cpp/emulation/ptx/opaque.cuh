@@ -1,5 +1,6 @@
 // CPU version of csrc/ptx/opaque.cuh.
 #pragma once
+#include <cstdint>
 
 namespace tq4::ptx {
 
@@ -7,5 +8,7 @@ template <typename T>
 T* opaque(T* p) {
   return p;
 }
+
+inline int64_t opaque_offset(int64_t offset) { return offset; }
 
 }  // namespace tq4::ptx
