@@ -325,9 +325,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
           row_scale[i] = fp16_row_scale(quad_max_nan(largest));
 #pragma unroll
           for (int b = 0; b < Config::kBlocks; ++b) {
-            uint32_t x[4];
-            to_fp16(raw.chunk[i][b], row_scale[i], p.dtype, x);
-            raw.chunk[i][b] = make_uint4(x[0], x[1], x[2], x[3]);
+            raw.chunk[i][b] = to_fp16(raw.chunk[i][b], row_scale[i], p.dtype);
           }
         }
       }

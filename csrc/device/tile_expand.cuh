@@ -8,9 +8,12 @@
 //   key_dim(chunk)              first dim of such a chunk, a multiple of 8
 //   key_dims(chunk)             how many it holds, 16 or 8; the rest of the chunk becomes zero
 //   key_offset(token, chunk)    byte offset in the image of a key chunk, a multiple of 16
+//   kValueChunks                16-byte chunks of fp16 values a token; those past the last dim
+//                               become zeros
 //   value_offset(token, chunk)  of the chunk with the fp16 values of dims 8 chunk .. + 7
-//   write_scale(image, token, k_norm)  writes what the scores of a token are multiplied by
-// Bytes that no chunk covers are not written.  TileImage has the usual answers.
+//   write_scale(image, token, k_norm)  writes what the scores of a token are multiplied by, and its
+//                               share of what neither chunks nor scales cover
+// TileImage has the usual answers.
 //
 // Keys are INT8 codes in the order in which unpack_int8 leaves them (dims pairwise swapped: 1, 0,
 // 3, 2), values fp16(c / v_unit) * fp16(norm * v_unit).  Tokens past the end of a sequence are
@@ -135,7 +138,7 @@ template <typename Image>
 __device__ __forceinline__ void expand_values(const PageView& view, const PageShape& shape,
                                               const TileSource& source, const ByteTable& high,
                                               const ByteTable& low, float v_unit, uint8_t* image) {
-  constexpr int kChunks = Image::kHeadDim / 8;
+  constexpr int kChunks = Image::kValueChunks, kUsed = Image::kHeadDim / 8;
   using Batches = ChunkBatches<Image::kTileTokens * kChunks>;
   constexpr int kBatch = Batches::kBatch;
   const int code_offset = view.v_codes + source.kv_head * view.code_head_stride;
@@ -153,7 +156,7 @@ __device__ __forceinline__ void expand_values(const PageView& view, const PageSh
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int chunk = Batches::index(first, i) % kChunks;
+      const int chunk = min(Batches::index(first, i) % kChunks, kUsed - 1);
       const uint8_t* page = view.base + block[i] * view.block_stride;
       words[i] =
           load_word(page + (code_offset + place[i].in_block * view.code_token_stride + 4 * chunk));
@@ -169,7 +172,7 @@ __device__ __forceinline__ void expand_values(const PageView& view, const PageSh
       unpack_fp16(words[i], high, low, x);
       uint4 y = make_uint4(ptx::mul_f16x2(x[0], norm2), ptx::mul_f16x2(x[1], norm2),
                            ptx::mul_f16x2(x[2], norm2), ptx::mul_f16x2(x[3], norm2));
-      if (!place[i].there) y = make_uint4(0, 0, 0, 0);
+      if (!place[i].there || index % kChunks >= kUsed) y = make_uint4(0, 0, 0, 0);
       *reinterpret_cast<uint4*>(image + Image::value_offset(index / kChunks, index % kChunks)) = y;
     }
   }
