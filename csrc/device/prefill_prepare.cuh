@@ -100,6 +100,7 @@ struct MatrixBatch {
   // Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether there
   // is a low part.
   __device__ __forceinline__ bool store(int first, float unit, uint32_t high, uint32_t low) const {
+    const float inverse = __frcp_rn(unit);
     bool has_low = false;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -107,7 +108,9 @@ struct MatrixBatch {
       uint32_t h[4], l[4];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        const float a = __fdividef(v[i][pair].x, unit), b = __fdividef(v[i][pair].y, unit);
+        // Exactly +-1 for the entries of a Hadamard matrix.
+        const float a = query_quotient(v[i][pair].x, unit, inverse);
+        const float b = query_quotient(v[i][pair].y, unit, inverse);
         h[pair] = ptx::pack_f16x2(a, b);
         const float2 rounded = unpack_pair(h[pair], DType::kFloat16);
         has_low |= a != rounded.x || b != rounded.y;
@@ -221,15 +224,8 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
   uint32_t words[D / 16];
 #pragma unroll
   for (int w = 0; w < D / 16; ++w) {
-    uint32_t code[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float v = c[4 * (2 * w + e / 2) + 2 * i + e % 2];
-      // |v / step| <= 127, so that adding 3 * 2^22 leaves the rounded quotient in the low byte.
-      code[e] = __float_as_uint(query_quotient(v, signed_step, inverse) + sm80::kMagic);
-    }
-    words[w] =
-        ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040), 0x5410);
+    const float* v = &c[8 * w + 2 * i];
+    words[w] = query_codes(v[0], v[1], v[4], v[5], signed_step, inverse);
   }
   if constexpr (D % 64 == 0) {  // a quarter is whole chunks
 #pragma unroll

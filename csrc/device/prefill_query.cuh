@@ -35,35 +35,28 @@ __device__ __forceinline__ void quantise_rows(float (&c)[Config::kMTiles][Config
             ptx::max_nan(largest, ptx::max_nan(fabsf(c[mt][j][2 * i]), fabsf(c[mt][j][2 * i + 1])));
       }
       largest = quad_max_nan(largest);
-      float unit, inv;
+      float unit, inverse;
       if constexpr (Config::kInt8) {
         unit = query_unit(largest);
-        inv = query_inverse(largest, unit);
+        inverse = query_inverse(largest, unit);
       } else {
-        const float row_scale = fp16_row_scale(largest);  // a power of two
-        unit = largest != largest ? largest : __fdiv_rn(1.f, row_scale);
-        inv = row_scale;
+        inverse = fp16_row_scale(largest);  // a power of two
+        unit = largest != largest ? largest : __fdiv_rn(1.f, inverse);
       }
       q.scale[2 * mt + i] = unit;
+      unit *= sign;
+      inverse *= sign;
 #pragma unroll
       for (int s = 0; s < Config::D / 32; ++s) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int j = 4 * s + 2 * h;
-          const float v[4] = {c[mt][j][2 * i], c[mt][j][2 * i + 1], c[mt][j + 1][2 * i],
-                              c[mt][j + 1][2 * i + 1]};
+          const float* v = &c[mt][4 * s + 2 * h][2 * i];
+          const float* w = &c[mt][4 * s + 2 * h + 1][2 * i];
           if constexpr (Config::kInt8) {
-            uint32_t packed = 0;
-#pragma unroll
-            for (int b = 0; b < 4; ++b) {
-              const float quotient = query_quotient(v[b], unit, inv);
-              const int code = max(-127, min(127, __float2int_rn(quotient * sign)));
-              packed |= static_cast<uint32_t>(code & 0xff) << (8 * b);
-            }
-            q.a[mt][s][2 * h + i] = packed;
+            q.a[mt][s][2 * h + i] = query_codes(v[0], v[1], w[0], w[1], unit, inverse);
           } else {
-            q.a[mt][2 * s + h][i] = ptx::pack_f16x2(v[0] * inv * sign, v[1] * inv * sign);
-            q.a[mt][2 * s + h][2 + i] = ptx::pack_f16x2(v[2] * inv * sign, v[3] * inv * sign);
+            q.a[mt][2 * s + h][i] = ptx::pack_f16x2(v[0] * inverse, v[1] * inverse);
+            q.a[mt][2 * s + h][2 + i] = ptx::pack_f16x2(w[0] * inverse, w[1] * inverse);
           }
         }
       }
@@ -130,7 +123,7 @@ struct LoadedAtUse {
 template <typename Config>
 struct LoadedAhead {
   static constexpr int kBlocksAtOnce = Config::D / 32;
-  static constexpr int kRotationBatch = Config::D <= 128 ? 4 : 2;
+  static constexpr int kRotationBatch = 2;
   uint4 chunk[2 * Config::kMTiles][Config::D / 32];
   DType dtype;
   float scale[2 * Config::kMTiles];
@@ -167,8 +160,11 @@ struct QueryPanels {
   using Panel = RotationPanel<D>;
   uint32_t smem;
   bool resident;
-  bool loaded = false;  // by an earlier rotation
-  uint32_t low = 0;     // bit p: panel p has a low part
+  float unit;  // rotation_unit; 1 where nothing is rotated
+  bool used = false;  // the places, by anybody before
+  uint32_t high = 0;  // bit p: the high part of panel p is in its place
+  uint32_t low = 0;   // bit p: panel p has a low part
+  bool low_held = false;  // the one of the panel completed last is in its place
 
   TQ4_HOST_DEVICE static constexpr int bytes(bool resident) {
     return (resident ? Panel::kPanels + 1 : 1) * Panel::kBytes;
@@ -177,8 +173,17 @@ struct QueryPanels {
   __device__ __forceinline__ uint32_t place(int panel, int part) const {
     return smem + (resident ? (part == 0 ? panel : Panel::kPanels) * Panel::kBytes : 0);
   }
-  __device__ __forceinline__ bool holds(int part) const {
-    return loaded && resident && (part == 0 || Panel::kPanels == 1);
+  // Whether there is nothing to load.
+  __device__ __forceinline__ bool holds(int panel, int part) const {
+    return part == 0 ? high >> panel & 1 : Panel::kPanels == 1 && resident && low_held;
+  }
+  // After part has been stored by all threads: a barrier.
+  __device__ __forceinline__ void complete(int panel, int part, bool has_low) {
+    low |= static_cast<uint32_t>(__syncthreads_or(has_low) != 0) << panel;
+    used = true;
+    if (!resident) high = 0;
+    if (part == 0) high |= 1u << panel;
+    low_held = part > 0;
   }
 };
 
@@ -215,10 +220,10 @@ __device__ __forceinline__ void multiply_panel(uint32_t panel_smem, int panel, c
   }
 }
 
-// c = q R^T * scale / unit, by the whole CTA.  Before the panels' place is used for something else
+// c = q R^T * query.scale / panels.unit, by the whole CTA.  Before the panels' place is used for something else
 // there has to be a barrier.
 template <typename Config, typename Query>
-__device__ __forceinline__ void rotate_query(const float* rotation, float unit,
+__device__ __forceinline__ void rotate_query(const float* rotation,
                                              QueryPanels<Config::D>& panels, const Query& query,
                                              float (&c)[Config::kMTiles][Config::D / 8][4]) {
   constexpr int D = Config::D;
@@ -237,17 +242,15 @@ __device__ __forceinline__ void rotate_query(const float* rotation, float unit,
 #pragma unroll 1
     for (uint32_t part = 0; part <= (panels.low >> panel & 1); ++part) {
       const uint32_t place = panels.place(panel, part);
-      if (!panels.holds(part)) {
-        if (panels.loaded || panel > 0 || part > 0) __syncthreads();  // the place is no longer read
+      if (!panels.holds(panel, part)) {
+        if (panels.used) __syncthreads();  // the place is no longer read
         const bool has_low = load_rotation_part<D, Config::kThreads, Query::kRotationBatch>(
-            place, rotation, unit, part > 0, [panel](int r) { return Panel::by_quarter(panel, r); });
-        // The part is complete.
-        panels.low |= static_cast<uint32_t>(__syncthreads_or(has_low) != 0) << panel;
+            place, rotation, panels.unit, part > 0, [panel](int r) { return Panel::by_quarter(panel, r); });
+        panels.complete(panel, part, has_low);
       }
       multiply_panel<Config>(place, panel, query, c);
     }
   }
-  panels.loaded = true;
 }
 
 // c = q that is rotated already.
@@ -270,19 +273,17 @@ __device__ __forceinline__ void unpack_rotated(const Query& query,
   }
 }
 
-// c = q_rot * query.scale / unit, by the whole CTA; no rotation: q is rotated already.
+// c = q_rot * query.scale / panels.unit, by the whole CTA; no rotation: q is rotated already.
 template <typename Config, typename Query>
 __device__ __forceinline__ void find_rotated(const float* rotation, Query& query,
-                                             QueryPanels<Config::D>& panels, float& unit,
+                                             QueryPanels<Config::D>& panels,
                                              float (&c)[Config::kMTiles][Config::D / 8][4]) {
   if (rotation != nullptr) {
     query.find_scales();
-    unit = rotation_unit(rotation);
-    rotate_query<Config>(rotation, unit, panels, query, c);
+    rotate_query<Config>(rotation, panels, query, c);
   } else {
 #pragma unroll
     for (float& scale : query.scale) scale = 1.f;
-    unit = 1.f;
     unpack_rotated<Config>(query, c);
   }
 }
@@ -325,10 +326,10 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, uint32_t sm
                           (first_head + rows.head(i, token)) * p.q_head_stride;
     }
   }
-  float c[Config::kMTiles][Config::D / 8][4], unit;
-  QueryPanels<Config::D> panels{smem + Config::kPanel, false};
-  find_rotated<Config>(p.q_rotation, query, panels, unit, c);
-  finish_query<Config>(p.sm_scale, unit, query.scale, c, q);
+  float c[Config::kMTiles][Config::D / 8][4];
+  QueryPanels<Config::D> panels{smem + Config::kPanel, false, rotation_unit(p.q_rotation)};
+  find_rotated<Config>(p.q_rotation, query, panels, c);
+  finish_query<Config>(p.sm_scale, panels.unit, query.scale, c, q);
 }
 
 }  // namespace tq4::sm80

@@ -54,6 +54,9 @@ struct QueryConfig {
   static constexpr int kKeySteps = D / 32;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * kWarpSize;
+  // More than there are: 168 registers a thread, which leave room for a CTA of the expansion on the
+  // same SM.  D = 256 needs them all.
+  static constexpr int kMaxThreads = D <= 128 ? 384 : kThreads;
 };
 
 // The rows of a warp's unit; false if there is no such unit.
@@ -81,7 +84,7 @@ __device__ __forceinline__ bool find_unit_rows(const AttentionParams& p, int uni
 // `resident`: shared memory holds all of R (QueryPanels).  Tiles is the PrefillConfig of the
 // attention kernel.
 template <typename Tiles>
-__global__ void __launch_bounds__(QueryConfig<Tiles::D>::kThreads, 1)
+__global__ void __launch_bounds__(QueryConfig<Tiles::D>::kMaxThreads, 1)
     rotate_queries_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ QueryBuffers buffers, bool resident) {
   constexpr int D = Tiles::D;
@@ -89,19 +92,43 @@ __global__ void __launch_bounds__(QueryConfig<Tiles::D>::kThreads, 1)
   using Unit = QueryUnit<D>;
   ptx::allow_dependent_launch();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  QueryPanels<D> panels{ptx::smem_address(ptx::dynamic_shared()), resident};
+  const bool rotates = p.q_rotation != nullptr;
+  int first = blockIdx.x * Config::kWarps;
+
+  // R travels while the rows are looked up, and they while it is stored.
+  using Batch = RotationBatch<D, Config::kThreads, 4>;
+  constexpr int kBatches = ceil_div(Batch::kTotal, Batch::kStep);
+  static_assert(kBatches <= 2, "the second follows the first");
+  const auto panel_row = [](int r) { return RotationPanel<D>::by_quarter(0, r); };
+  Batch batch[kBatches];
+  if (rotates) {
+#pragma unroll
+    for (int i = 0; i < kBatches; ++i) {
+      batch[i].load(p.q_rotation, threadIdx.x + i * Batch::kStep, panel_row);
+    }
+  }
+  QueryPanels<D> panels{ptx::smem_address(ptx::dynamic_shared()), resident,
+                        rotation_unit(p.q_rotation)};
   QueryRows<Config> rows;
   LoadedAhead<Config> query;
   query.dtype = p.dtype;
-  const bool rotates = p.q_rotation != nullptr;
-  int first = blockIdx.x * Config::kWarps;
   bool exists = find_unit_rows<Config>(p, first + warp, buffers.num_units, rows);
   query.load(rows, rotates);
+  if (rotates) {
+    bool has_low = false;
+#pragma unroll 1
+    for (int i = 0; i < kBatches; ++i) {
+      has_low |= batch[0].store(panels.place(0, 0), threadIdx.x + i * Batch::kStep,
+                                panels.unit, false);
+      if (kBatches > 1) batch[0] = batch[kBatches - 1];
+    }
+    panels.complete(0, 0, has_low);
+  }
   const int step = gridDim.x * Config::kWarps;
 #pragma unroll 1
   for (; first < buffers.num_units; first += step) {
-    float c[1][D / 8][4], unit;
-    find_rotated<Config>(p.q_rotation, query, panels, unit, c);
+    float c[Config::kMTiles][D / 8][4];
+    find_rotated<Config>(p.q_rotation, query, panels, c);
     const bool now = exists;
     const float row_scale[2] = {query.scale[0], query.scale[1]};
     const auto load_next = [&] {
@@ -111,7 +138,7 @@ __global__ void __launch_bounds__(QueryConfig<Tiles::D>::kThreads, 1)
     constexpr bool kEarly = D <= 128;  // else registers do not suffice
     if (kEarly) load_next();
     QueryFragments<Config> q;
-    finish_query<Config>(p.sm_scale, unit, row_scale, c, q);
+    finish_query<Config>(p.sm_scale, panels.unit, row_scale, c, q);
     if (!kEarly) load_next();
     if (!now) continue;
     uint8_t* const out = buffers.units + static_cast<int64_t>(first + warp) * Unit::kBytes;

@@ -35,8 +35,10 @@ struct RotationPanel {
   }
 };
 
-// An entry's magnitude, which brings R's entries near one; any will do, unless it is tiny.
+// An entry's magnitude, which brings R's entries near one; any will do, unless it is tiny.  No
+// matrix: 1.
 __device__ __forceinline__ float rotation_unit(const float* rotation) {
+  if (rotation == nullptr) return 1.f;
   const float entry = fabsf(rotation[0]);
   return entry > 1e-3f && entry < 1e3f ? entry : 1.f;
 }
@@ -69,28 +71,38 @@ __device__ __forceinline__ void load_rotation_panel(uint32_t smem,
   }
 }
 
-// The same of one part of R / unit, the high or the low one; the loads of kBatch chunks are in
-// flight together.  Returns whether this thread's entries have a low part.
-template <int D, int kThreads, int kBatch, typename RowOf>
-__device__ __forceinline__ bool load_rotation_part(uint32_t smem,
-                                                   const float* __restrict__ rotation, float unit,
-                                                   bool low, RowOf row_of) {
-  constexpr int kChunks = D / 8, kTotal = RotationPanel<D>::kRows * kChunks;
-  const float inverse = __frcp_rn(unit);
-  bool has_low = false;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < kTotal; first += kBatch * kThreads) {
-    float4 v[kBatch][2];
+// Some of a thread's chunks of one panel, all in flight together.
+template <int D, int kThreads, int kBatch>
+struct RotationBatch {
+  static constexpr int kChunks = D / 8, kTotal = RotationPanel<D>::kRows * kChunks;
+  static constexpr int kStep = kBatch * kThreads;
+  float4 v[kBatch][2];
+
+  // Beyond the end, the last chunk once more.
+  __device__ __forceinline__ static int index(int first, int i) {
+    return min(first + i * kThreads, kTotal - 1);
+  }
+
+  template <typename RowOf>
+  __device__ __forceinline__ void load(const float* __restrict__ rotation, int first,
+                                       RowOf row_of) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // beyond the end, the last chunk once more
-      const int index = min(first + i * kThreads, kTotal - 1);
-      const float* src = rotation + row_of(index / kChunks) * D + index % kChunks * 8;
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = index(first, i);
+      const float* src = rotation + row_of(at / kChunks) * D + at % kChunks * 8;
       v[i][0] = *reinterpret_cast<const float4*>(src);
       v[i][1] = *reinterpret_cast<const float4*>(src + 4);
     }
+  }
+
+  // The high or the low part of R / unit as fp16 to shared memory.  Returns whether there is a low
+  // part.
+  __device__ __forceinline__ bool store(uint32_t smem, int first, float unit, bool low) const {
+    const float inverse = __frcp_rn(unit);
+    bool has_low = false;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int index = min(first + i * kThreads, kTotal - 1);
+      const int at = index(first, i);
       const float entry[8] = {v[i][0].x, v[i][0].y, v[i][0].z, v[i][0].w,
                               v[i][1].x, v[i][1].y, v[i][1].z, v[i][1].w};
       uint32_t packed[4];
@@ -104,9 +116,24 @@ __device__ __forceinline__ bool load_rotation_part(uint32_t smem,
         has_low |= x != rounded.x || y != rounded.y;
         packed[w] = low ? ptx::pack_f16x2(x - rounded.x, y - rounded.y) : high;
       }
-      ptx::st_shared_v4(smem + HalfTile<D>::offset(index / kChunks, index % kChunks), packed[0],
+      ptx::st_shared_v4(smem + HalfTile<D>::offset(at / kChunks, at % kChunks), packed[0],
                         packed[1], packed[2], packed[3]);
     }
+    return has_low;
+  }
+};
+
+// One part of a panel by the whole CTA.  Returns whether this thread's entries have a low part.
+template <int D, int kThreads, int kBatch, typename RowOf>
+__device__ __forceinline__ bool load_rotation_part(uint32_t smem, const float* rotation, float unit,
+                                                   bool low, RowOf row_of) {
+  using Batch = RotationBatch<D, kThreads, kBatch>;
+  bool has_low = false;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < Batch::kTotal; first += Batch::kStep) {
+    Batch batch;
+    batch.load(rotation, first, row_of);
+    has_low |= batch.store(smem, first, unit, low);
   }
   return has_low;
 }
