@@ -100,7 +100,11 @@ struct MatrixBatch {
   // Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether there
   // is a low part.
   __device__ __forceinline__ bool store(int first, float unit, uint32_t high, uint32_t low) const {
-    const float inverse = __frcp_rn(unit);
+    const float inverse = rotation_inverse(unit);
+    // D = 256 has no register for the inverse; its Hadamard matrices have powers of two as entries.
+    const auto scaled = [&](float entry) {
+      return D == 256 ? __fdividef(entry, unit) : entry * inverse;
+    };
     bool has_low = false;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -108,9 +112,7 @@ struct MatrixBatch {
       uint32_t h[4], l[4];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        // Exactly +-1 for the entries of a Hadamard matrix.
-        const float a = query_quotient(v[i][pair].x, unit, inverse);
-        const float b = query_quotient(v[i][pair].y, unit, inverse);
+        const float a = scaled(v[i][pair].x), b = scaled(v[i][pair].y);
         h[pair] = ptx::pack_f16x2(a, b);
         const float2 rounded = unpack_pair(h[pair], DType::kFloat16);
         has_low |= a != rounded.x || b != rounded.y;

@@ -15,7 +15,6 @@
 #include "../ptx/arith.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/smem.cuh"
-#include "query_recipe.cuh"
 #include "swizzle.cuh"
 
 namespace tq4 {
@@ -41,6 +40,14 @@ __device__ __forceinline__ float rotation_unit(const float* rotation) {
   if (rotation == nullptr) return 1.f;
   const float entry = fabsf(rotation[0]);
   return entry > 1e-3f && entry < 1e3f ? entry : 1.f;
+}
+
+// What R's entries are multiplied by instead of a division.  Entries of +-unit, as those of a
+// Hadamard matrix, become exactly +-1: of D = 128 the rounded reciprocal alone would miss it by
+// 2^-24, the next number does not.
+__device__ __forceinline__ float rotation_inverse(float unit) {
+  const float inverse = __frcp_rn(unit);
+  return unit * inverse < 1.f ? __uint_as_float(__float_as_uint(inverse) + 1) : inverse;
 }
 
 __device__ __forceinline__ float2 unpack_pair(uint32_t word, DType dtype) {
@@ -98,7 +105,7 @@ struct RotationBatch {
   // The high or the low part of R / unit as fp16 to shared memory.  Returns whether there is a low
   // part.
   __device__ __forceinline__ bool store(uint32_t smem, int first, float unit, bool low) const {
-    const float inverse = __frcp_rn(unit);
+    const float inverse = rotation_inverse(unit);
     bool has_low = false;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -108,9 +115,7 @@ struct RotationBatch {
       uint32_t packed[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        // Exactly +-1 for the entries of a Hadamard matrix.
-        const float x = query_quotient(entry[2 * w], unit, inverse);
-        const float y = query_quotient(entry[2 * w + 1], unit, inverse);
+        const float x = entry[2 * w] * inverse, y = entry[2 * w + 1] * inverse;
         const uint32_t high = ptx::pack_f16x2(x, y);
         const float2 rounded = unpack_pair(high, DType::kFloat16);
         has_low |= x != rounded.x || y != rounded.y;

@@ -156,7 +156,8 @@ __device__ __forceinline__ void expand_values(const PageView& view, const PageSh
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int chunk = min(Batches::index(first, i) % kChunks, kUsed - 1);
+      int chunk = Batches::index(first, i) % kChunks;
+      if (kUsed < kChunks) chunk = min(chunk, kUsed - 1);
       const uint8_t* page = view.base + block[i] * view.block_stride;
       words[i] =
           load_word(page + (code_offset + place[i].in_block * view.code_token_stride + 4 * chunk));
