@@ -69,8 +69,8 @@ struct RotationImage {
       if (chunk < Config::D / 8) {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
-          const float2 v = __ldg(reinterpret_cast<const float2*>(
-              rotation + row * Config::D + Image::rotation_dim(chunk, pair)));
+          const float2 v = __ldg(reinterpret_cast<const float2*>(rotation + row * Config::D +
+                                                                 Image::rotation_dim(chunk, pair)));
           words[pair] = ptx::pack_f16x2(v.x, v.y);
         }
       }

@@ -183,7 +183,8 @@ __device__ __forceinline__ void write_output_by_panels(
       multiply_rotation<Config, Panel::kRows>(smem, panel_smem, panel * (Panel::kRows / 16), a, o);
     }
   };
-  write_output<Config, false>(p, smem, state, o, rotate, [](int j, int t) { return 8 * j + 2 * t; });
+  write_output<Config, false>(p, smem, state, o, rotate,
+                              [](int j, int t) { return 8 * j + 2 * t; });
 }
 
 }  // namespace tq4::sm80

@@ -160,10 +160,10 @@ struct QueryPanels {
   using Panel = RotationPanel<D>;
   uint32_t smem;
   bool resident;
-  float unit;  // rotation_unit; 1 where nothing is rotated
-  bool used = false;  // the places, by anybody before
-  uint32_t high = 0;  // bit p: the high part of panel p is in its place
-  uint32_t low = 0;   // bit p: panel p has a low part
+  float unit;             // rotation_unit; 1 where nothing is rotated
+  bool used = false;      // the places, by anybody before
+  uint32_t high = 0;      // bit p: the high part of panel p is in its place
+  uint32_t low = 0;       // bit p: panel p has a low part
   bool low_held = false;  // the one of the panel completed last is in its place
 
   TQ4_HOST_DEVICE static constexpr int bytes(bool resident) {
@@ -220,11 +220,11 @@ __device__ __forceinline__ void multiply_panel(uint32_t panel_smem, int panel, c
   }
 }
 
-// c = q R^T * query.scale / panels.unit, by the whole CTA.  Before the panels' place is used for something else
-// there has to be a barrier.
+// c = q R^T * query.scale / panels.unit, by the whole CTA.  Before the panels' place is used for
+// something else there has to be a barrier.
 template <typename Config, typename Query>
-__device__ __forceinline__ void rotate_query(const float* rotation,
-                                             QueryPanels<Config::D>& panels, const Query& query,
+__device__ __forceinline__ void rotate_query(const float* rotation, QueryPanels<Config::D>& panels,
+                                             const Query& query,
                                              float (&c)[Config::kMTiles][Config::D / 8][4]) {
   constexpr int D = Config::D;
   using Panel = RotationPanel<D>;
@@ -245,7 +245,8 @@ __device__ __forceinline__ void rotate_query(const float* rotation,
       if (!panels.holds(panel, part)) {
         if (panels.used) __syncthreads();  // the place is no longer read
         const bool has_low = load_rotation_part<D, Config::kThreads, Query::kRotationBatch>(
-            place, rotation, panels.unit, part > 0, [panel](int r) { return Panel::by_quarter(panel, r); });
+            place, rotation, panels.unit, part > 0,
+            [panel](int r) { return Panel::by_quarter(panel, r); });
         panels.complete(panel, part, has_low);
       }
       multiply_panel<Config>(place, panel, query, c);

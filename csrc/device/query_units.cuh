@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(QueryConfig<Tiles::D>::kMaxThreads, 1)
     bool has_low = false;
 #pragma unroll 1
     for (int i = 0; i < kBatches; ++i) {
-      has_low |= batch[0].store(panels.place(0, 0), threadIdx.x + i * Batch::kStep,
-                                panels.unit, false);
+      has_low |=
+          batch[0].store(panels.place(0, 0), threadIdx.x + i * Batch::kStep, panels.unit, false);
       if (kBatches > 1) batch[0] = batch[kBatches - 1];
     }
     panels.complete(0, 0, has_low);

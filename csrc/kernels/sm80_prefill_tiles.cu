@@ -38,8 +38,7 @@ Plan make_plan(const AttentionParams& p) {
   Plan plan{};
   const int64_t heads = p.cache.num_kv_heads;
   const int group = p.num_q_heads / p.cache.num_kv_heads;
-  const int64_t units =
-      heads * prefill_slots(p.num_tokens, group, QueryUnit<D>::kRows, p.num_seqs);
+  const int64_t units = heads * prefill_slots(p.num_tokens, group, QueryUnit<D>::kRows, p.num_seqs);
   plan.queries.num_units = count(units);
   plan.rotation_offset = round_up(units * QueryUnit<D>::kBytes, kAlign);
   plan.tiles_offset =
@@ -105,9 +104,9 @@ void launch(const AttentionParams& p, Stream stream) {
                               dim3(Narrow::kThreads, rings), rings * Narrow::kSmemBytes, stream, p,
                               plan.tiles, plan.queries, pass);
     } else {
-      launch_dependent_kernel(overlapped, prefill_tiles_kernel<Wide>,
-                              dim3(plan.queries.num_works), dim3(Wide::kThreads), Wide::kSmemBytes,
-                              stream, p, plan.tiles, plan.queries, pass);
+      launch_dependent_kernel(overlapped, prefill_tiles_kernel<Wide>, dim3(plan.queries.num_works),
+                              dim3(Wide::kThreads), Wide::kSmemBytes, stream, p, plan.tiles,
+                              plan.queries, pass);
     }
   }
 }

@@ -128,9 +128,8 @@ __global__ void __launch_bounds__(256, 1)
       if (part + Config::kStages < Rotation::kParts) ring.release(tile(part));
     }
   };
-  write_output<Config, true>(p, smem, state, o, rotate, [](int j, int t) {
-    return PrefillImage<Config>::rotation_dim(j, t);
-  });
+  write_output<Config, true>(p, smem, state, o, rotate,
+                             [](int j, int t) { return PrefillImage<Config>::rotation_dim(j, t); });
 }
 
 }  // namespace tq4::sm80

@@ -355,8 +355,8 @@ void run(const char* name, const Case& c) {
   for (const Kernel kernel : {Kernel::kPages, Kernel::kTiles, rings, Kernel::kWgmma}) {
     if (kernel != Kernel::kPages && !c.int8) continue;
     if (kernel == Kernel::kWgmma && c.gap % 8 != 0) continue;  // wants rows of 16-byte chunks
-    const auto bytes = c.bf16 ? run<__nv_bfloat16>(name, c, kernel, 1)
-                              : run<__half>(name, c, kernel, 1);
+    const auto bytes =
+        c.bf16 ? run<__nv_bfloat16>(name, c, kernel, 1) : run<__half>(name, c, kernel, 1);
     if (kernel == Kernel::kTiles) from_tiles = bytes;
     if (kernel == rings) CHECK(bytes == from_tiles);  // how rows are shared out changes no bit
   }
