@@ -169,12 +169,11 @@ __device__ __forceinline__ void write_output_by_panels(
     float (&o)[Config::kMTiles][Config::D / 8][4]) {
   using Panel = RotationPanel<Config::D>;
   const auto rotate = [&](const OutputFragments<Config>& a) {
-    // Opaque: not to be kept in a register since the rotation of q.
-    const uint32_t panel_smem = ptx::opaque(smem + Config::kPanel);
 #pragma unroll
     for (int panel = 0; panel < Panel::kPanels; ++panel) {
       __syncthreads();  // the tiles (or the previous panel) are no longer read
-      // Opaque: the addresses of the next panel's rows are not to be kept through the products.
+      // Opaque: addresses are not to be kept since the rotation of q, nor through the products.
+      const uint32_t panel_smem = ptx::opaque(smem) + Config::kPanel;
       const float* const rotation = ptx::opaque(p.out_rotation);
       load_rotation_panel<Config::D, Config::kThreads>(panel_smem, rotation, [&](int r) {
         return value_dim<Config>(panel * (Panel::kRows / 8) + r / 8) + r % 8;

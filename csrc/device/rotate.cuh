@@ -64,9 +64,9 @@ __device__ __forceinline__ void load_rotation_panel(uint32_t smem,
                                                     const float* __restrict__ rotation,
                                                     RowOf row_of) {
   constexpr int kChunks = D / 8;
-  // Volatile where it is: what follows from it is not to be kept in registers since the rotation of
-  // q (which spills at D = 128; with several panels it is the other way round).
-  const int first = RotationPanel<D>::kPanels == 1 ? ptx::thread_idx_volatile() : threadIdx.x;
+  // Volatile: what follows from it is not to be kept in registers since the rotation of q, nor
+  // through the products of the panel before.
+  const int first = ptx::thread_idx_volatile();
   for (int i = first; i < RotationPanel<D>::kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const float* src = rotation + row_of(row) * D + chunk * 8;

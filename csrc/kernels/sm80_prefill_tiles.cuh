@@ -12,10 +12,9 @@
 // the same ring, behind the last tile.
 //
 // Two forms, which compute the same bits:
-//   8 warps   share a ring, 128 KB of registers' worth of rows: a tile is copied for 256 rows
-//             (D = 256: 128), two warps a scheduler
-//   4 warps   half as many rows a ring.  A CTA has one ring (threads (128, 1)) or two of them
-//             (threads (128, 2)) that know nothing of each other: threadIdx.y is the ring.
+//   8 warps   share a ring: a tile is copied for 256 rows (D = 256: 128)
+//   4 warps   share one, for half as many rows.  A CTA has one ring (threads (128, 1)) or two of
+//             them (threads (128, 2)) that know nothing of each other: threadIdx.y is the ring.
 // The second is for grids that would not fill the device: of two rings one takes the work with most
 // keys that is left and the other the one with fewest, so that no SM has more to do than others.
 //
