@@ -14,14 +14,14 @@
 namespace tq4::sm80 {
 
 // kTiles: K and V come as images of unpacked tiles (prefill_image.cuh), INT8 only; else as pages,
-// unpacked by the kernel itself.
-template <int D_, bool kInt8_, bool kTiles_ = false>
+// unpacked by the kernel itself.  kWarps: that share a ring of tiles.
+template <int D_, bool kInt8_, bool kTiles_ = false, int kWarps_ = 8>
 struct PrefillConfig {
   static constexpr int D = D_;
   static constexpr bool kInt8 = kInt8_;
   static constexpr bool kTiles = kTiles_;
   static_assert(kInt8 || !kTiles, "images hold int8 keys");
-  static constexpr int kWarps = 8;
+  static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
   // 32-row warps halve the shared-memory reads a row; beyond D = 128, and with fp16 q fragments,
   // the accumulators of 32 rows do not fit in registers.
@@ -75,11 +75,11 @@ struct PrefillConfig {
   static constexpr int kBuffers =
       round_up(kTiles ? kLaneOffsets + 4 * kThreads : kRaw + kStages * kRawBytes, kAlign);
   static constexpr int kNumBuffers = kTiles ? kStages : 2;
-  // A panel of the rotation matrix takes the tiles' place before and after the main loop; images
-  // leave room to load the first two of them before q has been rotated.
-  static constexpr int kPanel = kBuffers + (kTiles ? 2 * kBufferBytes : 0);
   static constexpr int kBuffersEnd = kBuffers + kNumBuffers * kBufferBytes;
-  static constexpr int kPanelEnd = kPanel + RotationPanel<D>::kBytes;
+  // Without kTiles a panel of the rotation matrix takes the tiles' place before and after the main
+  // loop.
+  static constexpr int kPanel = kBuffers;
+  static constexpr int kPanelEnd = kTiles ? 0 : kPanel + RotationPanel<D>::kBytes;
   static constexpr int kSmemBytes = kBuffersEnd > kPanelEnd ? kBuffersEnd : kPanelEnd;
   static_assert(kSmemBytes <= 99 * 1024, "sm_86 and sm_89 offer 99 KB a CTA");
   static_assert(kValuePart % kAlign == 0, "the V tile starts aligned");

@@ -22,18 +22,20 @@ struct CtaWork {
   TileInfo info;
 };
 
+// Work `index` of num_works, which are the slots (prefill_schedule.cuh) times the KV heads; those
+// with most keys first.
 template <typename Config>
-__device__ __forceinline__ CtaWork find_cta_work(const AttentionParams& p) {
+__device__ __forceinline__ CtaWork find_work(const AttentionParams& p, int num_works, int index) {
   const int group = p.num_q_heads / p.cache.num_kv_heads;
   // KV heads innermost: CTAs that share a sequence's pages run side by side.
-  const int64_t slots = gridDim.x / p.cache.num_kv_heads;
+  const int64_t slots = num_works / p.cache.num_kv_heads;
   const PrefillTile tile =
       find_prefill_tile(p.query_start_loc, p.num_seqs, group, Config::kRows, p.short_query_len,
-                        slots - 1 - blockIdx.x / p.cache.num_kv_heads);
+                        slots - 1 - index / p.cache.num_kv_heads);
   CtaWork work;
   work.seq = tile.seq;
   if (tile.seq < 0) return work;
-  work.kv_head = blockIdx.x % p.cache.num_kv_heads;
+  work.kv_head = index % p.cache.num_kv_heads;
   work.q_len = tile.q_len;
   TileInfo& info = work.info;
   info.num_keys = p.seq_lens[tile.seq];
@@ -78,18 +80,16 @@ __device__ __forceinline__ void write_cta_info(const AttentionParams& p, const C
       min(info.num_keys, pos_first + min(window_or_max(p.window_right), kMaxWindow - 1) + 1));
 }
 
-// Row scales and maxima before the first key; k_unit is the value of one unit of a key code.
+// Row scales (score_scale) and maxima before the first key.
 template <typename Config>
-__device__ __forceinline__ void start_softmax(const AttentionParams& p, float k_unit, uint32_t smem,
-                                              const QueryFragments<Config>& q,
+__device__ __forceinline__ void start_softmax(uint32_t smem,
+                                              const float (&scale)[2 * Config::kMTiles],
                                               SoftmaxState<Config>& state) {
   const uint32_t address = row_state_address<Config>(smem);
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-    float scale = q.scale[i] * k_unit * fabsf(p.sm_scale) * kLog2e;
-    if (scale == 0.f) scale = 1e-30f;  // 0 * (-inf) must not turn into NaN
     if (ptx::thread_idx_volatile() % 4 == 0) {
-      ptx::st_shared_v2(address + 8 * sizeof(RowState) * i, __float_as_uint(scale),
+      ptx::st_shared_v2(address + 8 * sizeof(RowState) * i, __float_as_uint(scale[i]),
                         __float_as_uint(kMinusHuge));
     }
   }

@@ -12,7 +12,9 @@ template <typename Config>
 struct PrefillImage : TileImage<Config::D, Config::kTile> {
   using Key = typename Config::Key;
   static constexpr int kBytes = Config::kBufferBytes;
-  static constexpr int kKeyChunks = 4 * Key::kChunks;  // of D = 96, half of every other is padding
+  // Of D = 96, half of every other chunk of keys and the last four of values are padding.
+  static constexpr int kKeyChunks = 4 * Key::kChunks;
+  static constexpr int kValueChunks = Config::Value::kRowBytes / 16;
 
   TQ4_HOST_DEVICE static constexpr int key_dim(int chunk) {
     return chunk / Key::kChunks * (Config::D / 4) + chunk % Key::kChunks * 16;
@@ -35,9 +37,46 @@ struct PrefillImage : TileImage<Config::D, Config::kTile> {
   TQ4_HOST_DEVICE static constexpr int scale_offset(int token) {
     return part(token) + Config::kScalePart + token % Config::kPartTokens * Config::kScaleBytes;
   }
-  // See unpack_tile for the mantissa bits.
+  // See unpack_tile for the mantissa bits.  Zeros up to the end of the part: it is copied whole.
   __device__ static __forceinline__ void write_scale(uint8_t* image, int token, float k_norm) {
-    *reinterpret_cast<uint32_t*>(image + scale_offset(token)) = __float_as_uint(k_norm) & ~3u;
+    auto* const scale = reinterpret_cast<uint32_t*>(image + scale_offset(token));
+    *scale = __float_as_uint(k_norm) & ~3u;
+    constexpr int kWords = (Config::kPartBytes - Config::kScalePart) / 4;
+    static_assert(kWords % Config::kPartTokens == 0, "a part's tokens share in its padding");
+#pragma unroll
+    for (int i = Config::kPartTokens; i < kWords; i += Config::kPartTokens) scale[i] = 0;
+  }
+};
+
+// The matrix that rotates the output, as rows of V (row = rotated dim): copied in parts, each to
+// the place of an image.
+template <typename Config>
+struct RotationImage {
+  static constexpr int kParts = ceil_div(Config::D, Config::kTile);
+  static constexpr int kPartRows = Config::D / kParts;
+  static constexpr int kPartBytes = kPartRows * Config::Value::kRowBytes;
+  static constexpr int kBytes = kParts * kPartBytes;
+  static_assert(kPartRows % 16 == 0 && kPartBytes <= Config::kBufferBytes, "parts fit the ring");
+
+  // Writes chunks `first`, first + step, ... of all.
+  __device__ static __forceinline__ void write(const float* rotation, uint8_t* image, int first,
+                                               int step) {
+    using Image = PrefillImage<Config>;
+    constexpr int kChunks = Image::kValueChunks;
+    for (int i = first; i < Config::D * kChunks; i += step) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      uint32_t words[4] = {};
+      if (chunk < Config::D / 8) {
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          const float2 v = __ldg(reinterpret_cast<const float2*>(rotation + row * Config::D +
+                                                                 Image::rotation_dim(chunk, pair)));
+          words[pair] = ptx::pack_f16x2(v.x, v.y);
+        }
+      }
+      *reinterpret_cast<uint4*>(image + Config::Value::offset(row, chunk)) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
   }
 };
 

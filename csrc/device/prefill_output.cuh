@@ -26,24 +26,15 @@ __device__ __forceinline__ void store_pair(uint16_t* p, float x, float y, DType 
   }
 }
 
-// [7/7] out = (O / l) R, and the LSE.
+// The LSE of the lane's rows, and what their O is to be multiplied by.
 template <typename Config>
-__device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t smem,
-                                             SoftmaxState<Config>& state,
-                                             float (&o)[Config::kMTiles][Config::D / 8][4]) {
-  constexpr int D = Config::D;
+__device__ __forceinline__ void finish_rows(const AttentionParams& p, uint32_t smem,
+                                            SoftmaxState<Config>& state,
+                                            float (&inv)[2 * Config::kMTiles]) {
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
   const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
-  // Opaque: not to be kept in a register since the rotation of q.
-  const uint32_t panel_smem = ptx::opaque(smem + Config::kPanel);
-  using Panel = RotationPanel<D>;
-  const int lane = ptx::thread_idx_volatile() % 32, t = lane % 4;
-  const bool aligned4 =
-      (reinterpret_cast<uintptr_t>(p.out) | (p.out_token_stride * 2) | (p.out_head_stride * 2)) %
-          4 ==
-      0;
-  float inv[2 * Config::kMTiles];
+  const int t = ptx::thread_idx_volatile() % 4;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
     float l = row_sum<Config>(state, i);
@@ -66,47 +57,96 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
     }
     inv[i] = l == 0.f ? 0.f : __fdiv_rn(factor, l);
   }
+}
 
-  // Row pointers are made here, not above: their registers are needed by the rotation.
-  const auto store_rows = [&](auto dim_of, const float (&factor)[2 * Config::kMTiles]) {
-    const LaneRows<Config> rows = lane_rows<Config>(smem);
-    const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
-    const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
-    const int t = ptx::thread_idx_volatile() % 4;
+// A row of the output, its dims times `factor`; dim_of(j): dim of the lane's first column of n-tile
+// j, the second is the next one.  kOctets: every four n-tiles are 8 neighbouring dims.
+template <typename Config, bool kOctets, typename DimOf>
+__device__ __forceinline__ void write_rows(const AttentionParams& p, uint32_t smem, DimOf dim_of,
+                                           const float (&factor)[2 * Config::kMTiles],
+                                           const float (&o)[Config::kMTiles][Config::D / 8][4]) {
+  const LaneRows<Config> rows = lane_rows<Config>(smem);
+  const int q_begin = tile_info<Config>(smem, offsetof(TileInfo, q_begin));
+  const int first_head = tile_info<Config>(smem, offsetof(TileInfo, first_head));
+  const int t = ptx::thread_idx_volatile() % 4;
+  const uint64_t bits = reinterpret_cast<uintptr_t>(p.out) |
+                        static_cast<uint64_t>(p.out_token_stride * 2) |
+                        static_cast<uint64_t>(p.out_head_stride * 2);
+  const auto pack = [&](float x, float y) {
+    return p.dtype == DType::kBFloat16 ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
+  };
 #pragma unroll
-    for (int i = 0; i < 2 * Config::kMTiles; ++i) {
-      if (!rows.valid(i)) continue;
-      const int token = rows.token(i);
-      uint16_t* dst = static_cast<uint16_t*>(p.out) + (q_begin + token) * p.out_token_stride +
-                      (first_head + rows.head(i, token)) * p.out_head_stride;
+  for (int i = 0; i < 2 * Config::kMTiles; ++i) {
+    if (!rows.valid(i)) continue;
+    const int token = rows.token(i);
+    uint16_t* dst = static_cast<uint16_t*>(p.out) + (q_begin + token) * p.out_token_stride +
+                    (first_head + rows.head(i, token)) * p.out_head_stride;
+    const auto value = [&](int j, int e) { return o[i / 2][j][2 * (i % 2) + e] * factor[i]; };
+    if (kOctets && bits % 16 == 0) {
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        store_pair(dst + dim_of(j) + 2 * t, o[i / 2][j][2 * (i % 2)] * factor[i],
-                   o[i / 2][j][2 * (i % 2) + 1] * factor[i], p.dtype, aligned4);
+      for (int j = 0; j < Config::D / 8; j += 4) {
+        uint32_t w[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) w[u] = pack(value(j + u, 0), value(j + u, 1));
+        *reinterpret_cast<uint4*>(dst + dim_of(j, t)) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < Config::D / 8; ++j) {
+      store_pair(dst + dim_of(j, t), value(j, 0), value(j, 1), p.dtype, bits % 4 == 0);
+    }
+  }
+}
+
+// O * inv as A fragments.  O / l is bounded by the largest |V'|, an fp16 number: it fits.
+template <typename Config>
+using OutputFragments = uint32_t[Config::D / 16][Config::kMTiles][4];
+
+template <typename Config>
+__device__ __forceinline__ void pack_output(const float (&inv)[2 * Config::kMTiles],
+                                            const float (&o)[Config::kMTiles][Config::D / 8][4],
+                                            OutputFragments<Config>& a) {
+#pragma unroll
+  for (int k = 0; k < Config::D / 16; ++k) {
+#pragma unroll
+    for (int mt = 0; mt < Config::kMTiles; ++mt) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float* pair = &o[mt][2 * k + e / 2][2 * (e % 2)];
+        a[k][mt][e] = ptx::pack_f16x2(pair[0] * inv[2 * mt + e % 2], pair[1] * inv[2 * mt + e % 2]);
       }
     }
-  };
-  if (p.out_rotation == nullptr) {
-    store_rows([](int j) { return value_dim<Config>(j); }, inv);
-    return;
   }
+}
 
-  // O / l is bounded by the largest |V'|, an fp16 number: it fits.
-  uint32_t a[Config::kMTiles][D / 16][4];
+// o += a R for kRows rows of R from row 16 first_block on, which lie at shared address `rows` as
+// those of a V tile do.
+template <typename Config, int kRows>
+__device__ __forceinline__ void multiply_rotation(uint32_t smem, uint32_t rows, int first_block,
+                                                  const OutputFragments<Config>& a,
+                                                  float (&o)[Config::kMTiles][Config::D / 8][4]) {
+  const uint32_t value = rows + (lane_offsets<Config>(smem) >> 16);
 #pragma unroll
-  for (int mt = 0; mt < Config::kMTiles; ++mt) {
-#pragma unroll
-    for (int ks = 0; ks < D / 16; ++ks) {
-      a[mt][ks][0] =
-          ptx::pack_f16x2(o[mt][2 * ks][0] * inv[2 * mt], o[mt][2 * ks][1] * inv[2 * mt]);
-      a[mt][ks][1] =
-          ptx::pack_f16x2(o[mt][2 * ks][2] * inv[2 * mt + 1], o[mt][2 * ks][3] * inv[2 * mt + 1]);
-      a[mt][ks][2] =
-          ptx::pack_f16x2(o[mt][2 * ks + 1][0] * inv[2 * mt], o[mt][2 * ks + 1][1] * inv[2 * mt]);
-      a[mt][ks][3] = ptx::pack_f16x2(o[mt][2 * ks + 1][2] * inv[2 * mt + 1],
-                                     o[mt][2 * ks + 1][3] * inv[2 * mt + 1]);
-    }
+  for (int k = 0; k < kRows / 16; ++k) compute_pv_block<Config>(value, k, a[first_block + k], o);
+}
+
+// [7/7] out = (O / l) R, and the LSE.  `rotate` adds a R to an o of zeros; the lane then has dims
+// rotated_dim(j, t) and + 1 of its rows in n-tile j.
+template <typename Config, bool kOctets, typename Rotate, typename DimOf>
+__device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t smem,
+                                             SoftmaxState<Config>& state,
+                                             float (&o)[Config::kMTiles][Config::D / 8][4],
+                                             Rotate rotate, DimOf rotated_dim) {
+  constexpr int D = Config::D;
+  float inv[2 * Config::kMTiles];
+  finish_rows<Config>(p, smem, state, inv);
+  if (p.out_rotation == nullptr) {
+    const auto dim_of = [](int j, int t) { return value_dim<Config>(j) + 2 * t; };
+    return write_rows<Config, false>(p, smem, dim_of, inv, o);
   }
+  OutputFragments<Config> a;
+  pack_output<Config>(inv, o, a);
 #pragma unroll
   for (int mt = 0; mt < Config::kMTiles; ++mt) {
 #pragma unroll
@@ -115,34 +155,35 @@ __device__ __forceinline__ void write_output(const AttentionParams& p, uint32_t 
       for (int e = 0; e < 4; ++e) o[mt][j][e] = 0.f;
     }
   }
-#pragma unroll
-  for (int panel = 0; panel < Panel::kPanels; ++panel) {
-    __syncthreads();  // the tiles (or the previous panel) are no longer read
-    // Opaque: the addresses of the next panel's rows are not to be kept through the products.
-    const float* const rotation = ptx::opaque(p.out_rotation);
-    load_rotation_panel<D, Config::kThreads>(panel_smem, rotation, [&](int r) {
-      return value_dim<Config>(panel * (Panel::kRows / 8) + r / 8) + r % 8;
-    });
-    __syncthreads();  // the panel is complete
-#pragma unroll
-    for (int kk = 0; kk < Panel::kRows / 16; ++kk) {
-      const int ks = panel * (Panel::kRows / 16) + kk;
-      const int row = 16 * kk + lane % 16;
-#pragma unroll
-      for (int pair = 0; pair < D / 16; ++pair) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, panel_smem + HalfTile<D>::offset(row, 2 * pair + lane / 16));
-#pragma unroll
-        for (int mt = 0; mt < Config::kMTiles; ++mt) {
-          ptx::mma_m16n8k16_f16f16f32(o[mt][2 * pair], a[mt][ks], b[0], b[1]);
-          ptx::mma_m16n8k16_f16f16f32(o[mt][2 * pair + 1], a[mt][ks], b[2], b[3]);
-        }
-      }
-    }
-  }
+  rotate(a);
 #pragma unroll
   for (float& factor : inv) factor = 1.f;
-  store_rows([](int j) { return 8 * j; }, inv);
+  // Row pointers are made here, not above: their registers are needed by the rotation.
+  write_rows<Config, kOctets>(p, smem, rotated_dim, inv, o);
+}
+
+// The rotation in panels that take the tiles' place, one after the other.
+template <typename Config>
+__device__ __forceinline__ void write_output_by_panels(
+    const AttentionParams& p, uint32_t smem, SoftmaxState<Config>& state,
+    float (&o)[Config::kMTiles][Config::D / 8][4]) {
+  using Panel = RotationPanel<Config::D>;
+  const auto rotate = [&](const OutputFragments<Config>& a) {
+#pragma unroll
+    for (int panel = 0; panel < Panel::kPanels; ++panel) {
+      __syncthreads();  // the tiles (or the previous panel) are no longer read
+      // Opaque: addresses are not to be kept since the rotation of q, nor through the products.
+      const uint32_t panel_smem = ptx::opaque(smem) + Config::kPanel;
+      const float* const rotation = ptx::opaque(p.out_rotation);
+      load_rotation_panel<Config::D, Config::kThreads>(panel_smem, rotation, [&](int r) {
+        return value_dim<Config>(panel * (Panel::kRows / 8) + r / 8) + r % 8;
+      });
+      __syncthreads();  // the panel is complete
+      multiply_rotation<Config, Panel::kRows>(smem, panel_smem, panel * (Panel::kRows / 16), a, o);
+    }
+  };
+  write_output<Config, false>(p, smem, state, o, rotate,
+                              [](int j, int t) { return 8 * j + 2 * t; });
 }
 
 }  // namespace tq4::sm80

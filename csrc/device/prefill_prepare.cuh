@@ -125,17 +125,15 @@ struct MatrixBatch {
   // Parts of R / unit to shared memory; an address of 0 leaves a part out.  Returns whether there
   // is a low part.
   __device__ __forceinline__ bool store(int first, float unit, uint32_t high, uint32_t low) const {
+    const float inverse = rotation_inverse(unit);
     bool has_low = false;
-    const float inverse = __frcp_rn(unit);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int at = Config::Matrix::offset(index(first, i) / kChunks, index(first, i) % kChunks);
       uint32_t h[4], l[4];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        // Correctly rounded: entries of a Hadamard matrix become one exactly.
-        const float a = query_quotient(v[i][pair].x, unit, inverse);
-        const float b = query_quotient(v[i][pair].y, unit, inverse);
+        const float a = v[i][pair].x * inverse, b = v[i][pair].y * inverse;
         h[pair] = ptx::pack_f16x2(a, b);
         const float2 rounded = unpack_pair(h[pair], DType::kFloat16);
         has_low |= a != rounded.x || b != rounded.y;
@@ -228,22 +226,23 @@ __device__ __forceinline__ void rotate_rows(DType dtype, uint32_t stage,
                                             bool accumulate, float (&c)[Config::kRegs]) {
 #pragma unroll
   for (int first = 0; first < Config::kBlocks; first += Config::kPieceBlocks) {
-    uint32_t raw[2][Config::kPieceBlocks][4];
+    uint4 raw[2][Config::kPieceBlocks];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int b = 0; b < Config::kPieceBlocks; ++b) {
-        to_fp16(ptx::ld_shared_v4(ring_chunk<Config>(stage, i, first + b)), row_scale[i], dtype,
-                raw[i][b]);
+        raw[i][b] = to_fp16(ptx::ld_shared_v4(ring_chunk<Config>(stage, i, first + b)),
+                            row_scale[i], dtype);
       }
     }
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2 * Config::kPieceBlocks; ++k) {
-      const uint32_t (&x)[4] = raw[0][k / 2];
-      const uint32_t (&y)[4] = raw[1][k / 2];
-      const int step = 2 * first + k, e = k % 2 * 2;
-      const uint32_t a[4] = {x[e], y[e], x[e + 1], y[e + 1]};
+      const uint4& x = raw[0][k / 2];
+      const uint4& y = raw[1][k / 2];
+      const int step = 2 * first + k;
+      const uint32_t a[4] = {k % 2 ? x.z : x.x, k % 2 ? y.z : y.x, k % 2 ? x.w : x.y,
+                             k % 2 ? y.w : y.y};
       const uint64_t b =
           ptx::wgmma_descriptor(matrix + step / 4 * Config::Matrix::kPanelBytes + step % 4 * 32, 16,
                                 1024, ptx::WgmmaSwizzle::k128B);
@@ -280,15 +279,8 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, float unit, 
   uint32_t words[D / 16];
 #pragma unroll
   for (int w = 0; w < D / 16; ++w) {
-    uint32_t code[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float v = c[4 * (2 * w + e / 2) + 2 * i + e % 2];
-      // |v / step| <= 127, so that adding 3 * 2^22 leaves the rounded quotient in the low byte.
-      code[e] = __float_as_uint(query_quotient(v, signed_step, inverse) + sm80::kMagic);
-    }
-    words[w] =
-        ptx::prmt(ptx::prmt(code[0], code[1], 0x0040), ptx::prmt(code[2], code[3], 0x0040), 0x5410);
+    const float* v = &c[8 * w + 2 * i];
+    words[w] = query_codes(v[0], v[1], v[4], v[5], signed_step, inverse);
   }
   if constexpr (D % 64 == 0) {  // a quarter is whole chunks
 #pragma unroll

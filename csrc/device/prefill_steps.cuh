@@ -198,6 +198,10 @@ __device__ __forceinline__ void apply_mask(int first_key, uint32_t smem, int win
   const LaneRows<Config> rows = lane_rows<Config>(smem);
   const int pos0 = tile_info<Config>(smem, offsetof(TileInfo, pos0));
   const int num_keys = tile_info<Config>(smem, offsetof(TileInfo, num_keys));
+  if constexpr (!Config::kTiles) {  // what the prologue made of them is not to be kept until here
+    window_left = static_cast<int>(ptx::opaque(static_cast<uint32_t>(window_left)));
+    window_right = static_cast<int>(ptx::opaque(static_cast<uint32_t>(window_right)));
+  }
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
     const int pos = pos0 + rows.token(i);

@@ -1,6 +1,9 @@
 // Rounding of a rotated query row to INT8 codes, once for all kernels (the INT8 recipe):
 //   s_q = max|q_rot| / 127,  q8 = round half to even(q_rot / s_q)
 #pragma once
+#include <cstdint>
+
+#include "../ptx/arith.cuh"
 
 namespace tq4 {
 
@@ -22,6 +25,17 @@ __device__ __forceinline__ float query_inverse(float largest, float unit) {
 __device__ __forceinline__ float query_quotient(float v, float unit, float inverse) {
   const float estimate = v * inverse;
   return fmaf(fmaf(-estimate, unit, v), inverse, estimate);
+}
+
+// The codes of four values, the first in the lowest byte.  |v / unit| <= 127, so that adding
+// 3 * 2^22 leaves the rounded quotient in the low byte.
+__device__ __forceinline__ uint32_t query_codes(float v0, float v1, float v2, float v3, float unit,
+                                                float inverse) {
+  const auto code = [&](float v) {
+    return __float_as_uint(query_quotient(v, unit, inverse) + 12582912.f);
+  };
+  return ptx::prmt(ptx::prmt(code(v0), code(v1), 0x0040), ptx::prmt(code(v2), code(v3), 0x0040),
+                   0x5410);
 }
 
 }  // namespace tq4

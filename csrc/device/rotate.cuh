@@ -34,12 +34,28 @@ struct RotationPanel {
   }
 };
 
-enum class RotationPart { kHigh, kLow };
-
-// An entry's magnitude, which brings R's entries near one; any will do, unless it is tiny.
+// An entry's magnitude, which brings R's entries near one; any will do, unless it is tiny.  No
+// matrix: 1.
 __device__ __forceinline__ float rotation_unit(const float* rotation) {
+  if (rotation == nullptr) return 1.f;
   const float entry = fabsf(rotation[0]);
   return entry > 1e-3f && entry < 1e3f ? entry : 1.f;
+}
+
+// What R's entries are multiplied by instead of a division.  Entries of +-unit, as those of a
+// Hadamard matrix, become exactly +-1: of D = 128 the rounded reciprocal alone would miss it by
+// 2^-24, the next number does not.
+__device__ __forceinline__ float rotation_inverse(float unit) {
+  const float inverse = __frcp_rn(unit);
+  return unit * inverse < 1.f ? __uint_as_float(__float_as_uint(inverse) + 1) : inverse;
+}
+
+__device__ __forceinline__ float2 unpack_pair(uint32_t word, DType dtype) {
+  if (dtype == DType::kBFloat16) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+  const __half2 h = *reinterpret_cast<const __half2*>(&word);
+  return __half22float2(h);
 }
 
 // Copies one panel to shared memory as fp16; row_of(local row) names the row of R.
@@ -48,9 +64,9 @@ __device__ __forceinline__ void load_rotation_panel(uint32_t smem,
                                                     const float* __restrict__ rotation,
                                                     RowOf row_of) {
   constexpr int kChunks = D / 8;
-  // Volatile where it is: what follows from it is not to be kept in registers since the rotation of
-  // q (which spills at D = 128; with several panels it is the other way round).
-  const int first = RotationPanel<D>::kPanels == 1 ? ptx::thread_idx_volatile() : threadIdx.x;
+  // Volatile: what follows from it is not to be kept in registers since the rotation of q, nor
+  // through the products of the panel before.
+  const int first = ptx::thread_idx_volatile();
   for (int i = first; i < RotationPanel<D>::kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const float* src = rotation + row_of(row) * D + chunk * 8;
@@ -62,31 +78,67 @@ __device__ __forceinline__ void load_rotation_panel(uint32_t smem,
   }
 }
 
-// The same of one part of R / unit.  Returns whether this thread's entries have a low part.
-template <int D, int kThreads, RotationPart kPart, typename RowOf>
-__device__ __forceinline__ bool load_rotation_part(uint32_t smem,
-                                                   const float* __restrict__ rotation, float unit,
-                                                   RowOf row_of) {
-  constexpr int kChunks = D / 8;
+// Some of a thread's chunks of one panel, all in flight together.
+template <int D, int kThreads, int kBatch>
+struct RotationBatch {
+  static constexpr int kChunks = D / 8, kTotal = RotationPanel<D>::kRows * kChunks;
+  static constexpr int kStep = kBatch * kThreads;
+  float4 v[kBatch][2];
+
+  // Beyond the end, the last chunk once more.
+  __device__ __forceinline__ static int index(int first, int i) {
+    return min(first + i * kThreads, kTotal - 1);
+  }
+
+  template <typename RowOf>
+  __device__ __forceinline__ void load(const float* __restrict__ rotation, int first,
+                                       RowOf row_of) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = index(first, i);
+      const float* src = rotation + row_of(at / kChunks) * D + at % kChunks * 8;
+      v[i][0] = *reinterpret_cast<const float4*>(src);
+      v[i][1] = *reinterpret_cast<const float4*>(src + 4);
+    }
+  }
+
+  // The high or the low part of R / unit as fp16 to shared memory.  Returns whether there is a low
+  // part.
+  __device__ __forceinline__ bool store(uint32_t smem, int first, float unit, bool low) const {
+    const float inverse = rotation_inverse(unit);
+    bool has_low = false;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = index(first, i);
+      const float entry[8] = {v[i][0].x, v[i][0].y, v[i][0].z, v[i][0].w,
+                              v[i][1].x, v[i][1].y, v[i][1].z, v[i][1].w};
+      uint32_t packed[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float x = entry[2 * w] * inverse, y = entry[2 * w + 1] * inverse;
+        const uint32_t high = ptx::pack_f16x2(x, y);
+        const float2 rounded = unpack_pair(high, DType::kFloat16);
+        has_low |= x != rounded.x || y != rounded.y;
+        packed[w] = low ? ptx::pack_f16x2(x - rounded.x, y - rounded.y) : high;
+      }
+      ptx::st_shared_v4(smem + HalfTile<D>::offset(at / kChunks, at % kChunks), packed[0],
+                        packed[1], packed[2], packed[3]);
+    }
+    return has_low;
+  }
+};
+
+// One part of a panel by the whole CTA.  Returns whether this thread's entries have a low part.
+template <int D, int kThreads, int kBatch, typename RowOf>
+__device__ __forceinline__ bool load_rotation_part(uint32_t smem, const float* rotation, float unit,
+                                                   bool low, RowOf row_of) {
+  using Batch = RotationBatch<D, kThreads, kBatch>;
   bool has_low = false;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < RotationPanel<D>::kRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const float* src = rotation + row_of(row) * D + chunk * 8;
-    uint32_t packed[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      float2 v = *reinterpret_cast<const float2*>(src + 2 * w);
-      v.x = __fdividef(v.x, unit);
-      v.y = __fdividef(v.y, unit);
-      packed[w] = ptx::pack_f16x2(v.x, v.y);
-      const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&packed[w]));
-      has_low |= v.x != high.x || v.y != high.y;
-      if constexpr (kPart == RotationPart::kLow)
-        packed[w] = ptx::pack_f16x2(v.x - high.x, v.y - high.y);
-    }
-    ptx::st_shared_v4(smem + HalfTile<D>::offset(row, chunk), packed[0], packed[1], packed[2],
-                      packed[3]);
+  for (int first = threadIdx.x; first < Batch::kTotal; first += Batch::kStep) {
+    Batch batch;
+    batch.load(rotation, first, row_of);
+    has_low |= batch.store(smem, first, unit, low);
   }
   return has_low;
 }
@@ -96,14 +148,6 @@ __device__ __forceinline__ bool load_rotation_part(uint32_t smem,
 // ways join.
 __device__ __forceinline__ uint4 load_raw8(const uint16_t* p) {
   return __ldg(reinterpret_cast<const uint4*>(p));
-}
-
-__device__ __forceinline__ float2 unpack_pair(uint32_t word, DType dtype) {
-  if (dtype == DType::kBFloat16) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  }
-  const __half2 h = *reinterpret_cast<const __half2*>(&word);
-  return __half22float2(h);
 }
 
 // Quad (4 lanes of one row) maximum that keeps NaN.
@@ -120,12 +164,6 @@ __device__ __forceinline__ float fp16_row_scale(float largest) {
   return ldexpf(1.f, max(-120, min(120, 14 - exponent)));
 }
 
-// One row of q seen by a lane of quad position t: chunk kb = dims 32 kb + 8 t .. + 7.
-struct QueryRow {
-  const uint16_t* p;  // null: a padding row, read as zeros
-  float scale;        // bf16 only
-};
-
 // Largest magnitude of 8 packed values.
 __device__ __forceinline__ float largest_of8(const uint4& raw, DType dtype) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -138,42 +176,16 @@ __device__ __forceinline__ float largest_of8(const uint4& raw, DType dtype) {
   return largest;
 }
 
-template <int D>
-__device__ __forceinline__ void find_row_scale(QueryRow& row, DType dtype) {
-  row.scale = 1.f;
-  if (dtype != DType::kBFloat16) return;
-  float largest = 0.f;
-  if (row.p != nullptr) {
-    const int t = threadIdx.x % 4;
+// 8 packed values as fp16; bf16 ones times `scale`.
+__device__ __forceinline__ uint4 to_fp16(const uint4& raw, float scale, DType dtype) {
+  if (dtype != DType::kBFloat16) return raw;
+  uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int kb = 0; kb < D / 32; ++kb) {
-      largest = fmaxf(largest, largest_of8(load_raw8(row.p + 32 * kb + 8 * t), dtype));
-    }
+  for (uint32_t& word : words) {
+    const float2 v = unpack_pair(word, dtype);
+    word = ptx::pack_f16x2(v.x * scale, v.y * scale);
   }
-  row.scale = fp16_row_scale(quad_max_nan(largest));
-}
-
-// 8 packed values as 4 words of fp16; bf16 ones times `scale`.
-__device__ __forceinline__ void to_fp16(const uint4& raw, float scale, DType dtype,
-                                        uint32_t (&out)[4]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (dtype == DType::kBFloat16) {
-      const float2 v = unpack_pair(words[i], dtype);
-      out[i] = ptx::pack_f16x2(v.x * scale, v.y * scale);
-    } else {
-      out[i] = words[i];
-    }
-  }
-}
-
-// Dims `offset` .. + 7 of the row as 4 packed fp16 words.
-__device__ __forceinline__ void load_row_fp16(const QueryRow& row, int offset, DType dtype,
-                                              uint32_t (&out)[4]) {
-  uint4 raw = make_uint4(0, 0, 0, 0);
-  if (row.p != nullptr) raw = load_raw8(row.p + offset);
-  to_fp16(raw, row.scale, dtype, out);
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 }  // namespace tq4

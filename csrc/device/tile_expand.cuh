@@ -8,9 +8,12 @@
 //   key_dim(chunk)              first dim of such a chunk, a multiple of 8
 //   key_dims(chunk)             how many it holds, 16 or 8; the rest of the chunk becomes zero
 //   key_offset(token, chunk)    byte offset in the image of a key chunk, a multiple of 16
+//   kValueChunks                16-byte chunks of fp16 values a token; those past the last dim
+//                               become zeros
 //   value_offset(token, chunk)  of the chunk with the fp16 values of dims 8 chunk .. + 7
-//   write_scale(image, token, k_norm)  writes what the scores of a token are multiplied by
-// Bytes that no chunk covers are not written.  TileImage has the usual answers.
+//   write_scale(image, token, k_norm)  writes what the scores of a token are multiplied by, and its
+//                               share of what neither chunks nor scales cover
+// TileImage has the usual answers.
 //
 // Keys are INT8 codes in the order in which unpack_int8 leaves them (dims pairwise swapped: 1, 0,
 // 3, 2), values fp16(c / v_unit) * fp16(norm * v_unit).  Tokens past the end of a sequence are
@@ -139,18 +142,20 @@ template <typename Image>
 __device__ __forceinline__ void expand_values(const PackedTile<Image>& packed,
                                               const TileSource& source, const ByteTable& high,
                                               const ByteTable& low, float v_unit, uint8_t* image) {
-  constexpr int kChunks = Image::kHeadDim / 8, kTotal = Image::kTileTokens * kChunks;
+  constexpr int kChunks = Image::kValueChunks, kUsed = Image::kHeadDim / 8;
+  constexpr int kTotal = Image::kTileTokens * kChunks;
 #pragma unroll(kChunksAtOnce<Image>)
   for (int i = threadIdx.x; i < kTotal; i += kExpandThreads) {
     const int token = i / kChunks, chunk = i % kChunks;
     const float norm = packed.norms[1][token] * v_unit;
     const uint32_t norm2 = ptx::pack_f16x2(norm, norm);
     uint32_t x[4];
-    unpack_fp16(ptx::ld_shared_u32(ptx::smem_address(packed.codes[1][token]) + 4 * chunk), high,
-                low, x);
+    const int used = kUsed < kChunks ? min(chunk, kUsed - 1) : chunk;
+    unpack_fp16(ptx::ld_shared_u32(ptx::smem_address(packed.codes[1][token]) + 4 * used), high, low,
+                x);
     uint4 y = make_uint4(ptx::mul_f16x2(x[0], norm2), ptx::mul_f16x2(x[1], norm2),
                          ptx::mul_f16x2(x[2], norm2), ptx::mul_f16x2(x[3], norm2));
-    if (!source.has(token)) y = make_uint4(0, 0, 0, 0);
+    if (!source.has(token) || chunk >= kUsed) y = make_uint4(0, 0, 0, 0);
     *reinterpret_cast<uint4*>(image + Image::value_offset(token, chunk)) = y;
   }
 }

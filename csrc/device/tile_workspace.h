@@ -92,8 +92,15 @@ struct TileImage {
   static constexpr int kHeadDim = D;
   static constexpr int kTileTokens = kTokens;
   static constexpr int kKeyChunks = D / 16;
+  static constexpr int kValueChunks = D / 8;
   TQ4_HOST_DEVICE static constexpr int key_dim(int chunk) { return 16 * chunk; }
   TQ4_HOST_DEVICE static constexpr int key_dims(int) { return 16; }
+  // The columns of the matrix that rotates the output, columns 8 chunk + 2 pair and + 1, are
+  // ordered so that the lane t = lane % 4 of a row receives dims 32 b + 8 t .. + 7 of each block b
+  // of 32: 16 bytes of the output.
+  TQ4_HOST_DEVICE static constexpr int rotation_dim(int chunk, int pair) {
+    return chunk / 4 * 32 + 8 * pair + chunk % 4 * 2;
+  }
 };
 
 }  // namespace tq4

@@ -72,12 +72,7 @@ struct WgmmaImage : TileImage<D, kWgmmaTileTokens> {
     *reinterpret_cast<float*>(image + kNorms + 4 * token) = k_norm;
   }
 
-  // The matrix of the output rotation: row = rotated dim, in tiles like those of V.  Its columns
-  // are ordered so that the lane t = lane % 4 of a row receives dims 32 b + 8 t .. + 7 of each
-  // block b of 32: 16 bytes of the output.
-  TQ4_HOST_DEVICE static constexpr int rotation_dim(int chunk, int pair) {
-    return chunk / 4 * 32 + 8 * pair + chunk % 4 * 2;  // of columns 8 chunk + 2 pair, + 1
-  }
+  // The matrix of the output rotation: row = rotated dim, in tiles like those of V.
   static constexpr int kRotationTiles = (D + kTileTokens - 1) / kTileTokens;
   TQ4_HOST_DEVICE static constexpr int rotation_offset(int row, int chunk) {
     return row / kTileTokens * Value::kBytes + Value::offset(row % kTileTokens, chunk);

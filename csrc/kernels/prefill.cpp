@@ -31,9 +31,19 @@ int64_t unpacked_bytes(const AttentionParams& p) {
   return sm80::prefill_tiles_workspace_bytes(p);
 }
 
+// What the two parts of a call want, one after the other in the same bytes (see launch_prefill).
+struct WorkspaceBytes {
+  int64_t decode, prefill;
+};
+
+WorkspaceBytes workspace_bytes(const QuerySplit& split) {
+  return {split.has_decode ? decode_workspace_bytes(split.decode) : 0,
+          split.has_prefill ? unpacked_bytes(split.prefill) : 0};
+}
+
 // The prefill kernels themselves.
-void launch_prefill_kernels(const AttentionParams& p, Stream stream) {
-  if (unpacked_bytes(p) > 0) {
+void launch_prefill_kernels(const AttentionParams& p, bool unpacked_ahead, Stream stream) {
+  if (unpacked_ahead) {
 #ifdef TQ4_HAS_SM90A
     if (takes_wgmma(p)) return sm90::launch_prefill(p, stream);
 #endif
@@ -50,10 +60,8 @@ void launch_prefill_kernels(const AttentionParams& p, Stream stream) {
 
 int64_t prefill_workspace_bytes(const AttentionParams& p) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return 0;
-  const QuerySplit split = split_queries(p);
-  // One after the other in the same bytes, see launch_prefill.
-  return std::max(split.has_decode ? decode_workspace_bytes(split.decode) : 0,
-                  split.has_prefill ? unpacked_bytes(split.prefill) : 0);
+  const WorkspaceBytes bytes = workspace_bytes(split_queries(p));
+  return std::max(bytes.decode, bytes.prefill);
 }
 
 void launch_prefill(const AttentionParams& p, Stream stream) {
@@ -63,16 +71,17 @@ void launch_prefill(const AttentionParams& p, Stream stream) {
       16) {
     throw std::invalid_argument("q: expected rows that start at multiples of 16 bytes");
   }
-  if (prefill_workspace_bytes(p) > 0 &&
+  const QuerySplit split = split_queries(p);
+  const WorkspaceBytes bytes = workspace_bytes(split);
+  if (std::max(bytes.decode, bytes.prefill) > 0 &&
       (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0)) {
     throw std::invalid_argument(
         "workspace: expected prefill_workspace_bytes() bytes, 16-byte aligned");
   }
-  const QuerySplit split = split_queries(p);
   // The first kernel of either is an ordinary launch: it starts when all before it have ended, also
   // those of decode that may overlap each other.  So both may use the same workspace.
   if (split.has_decode) launch_decode(split.decode, stream);
-  if (split.has_prefill) launch_prefill_kernels(split.prefill, stream);
+  if (split.has_prefill) launch_prefill_kernels(split.prefill, bytes.prefill > 0, stream);
 }
 
 }  // namespace tq4

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   uint8_t* const shared = ptx::dynamic_shared();
   const uint32_t smem = ptx::opaque(ptx::smem_address(shared));
   const int warp = threadIdx.x / 32;
-  const CtaWork work = find_cta_work<Config>(p);
+  const CtaWork work = find_work<Config>(p, gridDim.x, blockIdx.x);
   if (work.seq < 0) return;
   if (warp == 0) {
     write_codebook_tables(reinterpret_cast<CodebookTables*>(shared + Config::kTables), p.k_codes,
@@ -87,7 +87,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const float k_unit =
       Config::kInt8 ? p.k_code_scale
                     : ptx::ld_shared_f32(smem + Config::kTables + offsetof(CodebookTables, k_unit));
-  start_softmax<Config>(p, k_unit, smem, q, state);
+#pragma unroll
+  for (float& scale : q.scale) scale = score_scale(p, k_unit, scale);
+  start_softmax<Config>(smem, q.scale, state);
   float o[Config::kMTiles][D / 8][4] = {};
 
   const auto num_tiles = [&] { return tile_info<Config>(smem, offsetof(TileInfo, num_tiles)); };
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (!unpacks_first() && i + 1 < num_tiles()) unpack_tile<Config>(smem, i + 1);
   }
   ptx::cp_async_wait<0>();
-  write_output<Config>(p, smem, state, o);
+  write_output_by_panels<Config>(p, smem, state, o);
 }
 
 }  // namespace tq4::sm80

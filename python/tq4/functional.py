@@ -249,8 +249,8 @@ def prefill(
     nothing else).
 
     Memory: where 512 or more query rows (``max_query_len * Hq / Hkv``) share keys, the CUDA backend unpacks
-    each tile of keys once into a workspace of at most 512 MiB from torch's allocator (on Hopper also the
-    quantised queries, ``T * Hq * (D + 4)`` bytes), in passes where more keys than that are in the call.
+    each tile of keys once into a workspace of at most 512 MiB from torch's allocator (beside the quantised
+    queries, ``T * Hq * (D + 4)`` bytes), in passes where more keys than that are in the call.
     ``TQ4_PREFILL_UNPACK=in_kernel`` never does, ``ahead`` always, whatever the rows.
 
     Sequences of few query tokens (up to 16 query rows sharing keys, and always a single token) take the

@@ -52,24 +52,41 @@ void launch_pages(const tq4::AttentionParams& p) {
                     tq4::copy_width(p.cache), tq4::block_shift(p.cache));
 }
 
-template <int D>
-void launch_tiles(const tq4::AttentionParams& p, int64_t limit_tiles) {
-  using Config = tq4::sm80::PrefillConfig<D, true, true>;
+// As csrc/kernels/sm80_prefill_tiles.cu does: with one ring of 8 warps a CTA, or one or two of 4.
+template <int D, int kWarps>
+void launch_tiles(const tq4::AttentionParams& p, int64_t limit_tiles, int rings) {
+  using Config = tq4::sm80::PrefillConfig<D, true, true, kWarps>;
   using Image = tq4::sm80::PrefillImage<Config>;
-  const int group = p.num_q_heads / p.cache.num_kv_heads;
-  const int64_t slots = tq4::prefill_slots(p.num_tokens, group, Config::kRows, p.num_seqs);
+  using Unit = tq4::sm80::QueryUnit<D>;
+  const int group = p.num_q_heads / p.cache.num_kv_heads, heads = p.cache.num_kv_heads;
   tq4::TileWorkspace w = tq4::make_tile_workspace(
-      p.num_seqs, p.cache.num_kv_heads, static_cast<int64_t>(p.max_blocks) * p.cache.block_size,
-      Config::kTile, Image::kBytes, limit_tiles * Image::kBytes);
+      p.num_seqs, heads, static_cast<int64_t>(p.max_blocks) * p.cache.block_size, Config::kTile,
+      Image::kBytes, limit_tiles * Image::kBytes);
   CHECK(w.num_passes >= 1);
+  tq4::sm80::QueryBuffers queries{};
+  queries.num_units =
+      static_cast<int>(tq4::prefill_slots(p.num_tokens, group, Unit::kRows, p.num_seqs) * heads);
+  queries.num_works =
+      static_cast<int>(tq4::prefill_slots(p.num_tokens, group, Config::kRows, p.num_seqs) * heads);
   std::vector<uint4> storage(w.capacity * Image::kBytes / 16);
+  std::vector<uint4> units(queries.num_units * Unit::kBytes / 16);
+  std::vector<uint4> rotation(tq4::sm80::RotationImage<Config>::kBytes / 16);
+  for (auto* memory : {&units, &rotation}) {
+    std::memset(static_cast<void*>(memory->data()), 0xff, memory->size() * 16);
+  }
   w.tiles = reinterpret_cast<uint8_t*>(storage.data());
+  queries.units = reinterpret_cast<uint8_t*>(units.data());
+  if (p.out_rotation != nullptr) queries.rotation = reinterpret_cast<uint8_t*>(rotation.data());
+  const bool resident = kWarps == 8;  // so that both ways are compared
+  emulation::launch(tq4::sm80::rotate_queries_kernel<Config>, 2,
+                    tq4::sm80::QueryConfig<D>::kThreads, p, queries, resident);
   for (int pass = 0; pass < w.num_passes; ++pass) {
     // NaN: what no tile of this pass holds must not be used.
     std::memset(static_cast<void*>(storage.data()), 0xff, storage.size() * 16);
     emulation::launch(tq4::expand_tiles_kernel<Image>, 2, tq4::kExpandThreads, p, w, pass);
-    emulation::launch(tq4::sm80::prefill_tiles_kernel<Config>,
-                      static_cast<int>(slots * p.cache.num_kv_heads), Config::kThreads, p, w, pass);
+    emulation::launch_rows(tq4::sm80::prefill_tiles_kernel<Config>,
+                           tq4::ceil_div(queries.num_works, rings), Config::kThreads, rings, p, w,
+                           queries, pass);
   }
 }
 
@@ -112,12 +129,14 @@ void launch_wgmma(tq4::AttentionParams p, int64_t limit_tiles) {
   }
 }
 
-enum class Kernel { kPages, kTiles, kWgmma };
+enum class Kernel { kPages, kTiles, kOneRing, kTwoRings, kWgmma };
 
 template <int D>
 void launch(const tq4::AttentionParams& p, Kernel kernel, int64_t limit_tiles) {
   if (kernel == Kernel::kWgmma) return launch_wgmma<D>(p, limit_tiles);
-  if (kernel == Kernel::kTiles) return launch_tiles<D>(p, limit_tiles);
+  if (kernel == Kernel::kTiles) return launch_tiles<D, 8>(p, limit_tiles, 1);
+  if (kernel == Kernel::kOneRing) return launch_tiles<D, 4>(p, limit_tiles, 1);
+  if (kernel == Kernel::kTwoRings) return launch_tiles<D, 4>(p, limit_tiles, 2);
   if (p.int8) return launch_pages<D, true>(p);
   launch_pages<D, false>(p);
 }
@@ -135,8 +154,9 @@ void launch(const tq4::AttentionParams& p, Kernel kernel, int64_t limit_tiles) {
   }
 }
 
+// Returns the bytes of the output and of the LSE.
 template <typename T>
-void run(const char* name, const Case& c, Kernel kernel, uint64_t seed) {
+std::vector<uint8_t> run(const char* name, const Case& c, Kernel kernel, uint64_t seed) {
   Random random(seed);
   const int D = c.head_dim, hkv = c.num_kv_heads, hq = hkv * c.group;
   const int num_seqs = static_cast<int>(c.lengths.size());
@@ -317,21 +337,28 @@ void run(const char* name, const Case& c, Kernel kernel, uint64_t seed) {
   CHECK(relative < bound);
   CHECK(worst_lse < (c.int8 && c.turn != Turn::kNone ? 2e-2 : 2e-3));
   if (!(relative < bound) || !(worst_lse < 2e-2)) {
-    const char* const where[] = {"pages", "tiles", "tiles by wgmma"};
+    const char* const where[] = {"pages", "tiles", "tiles, one ring", "tiles, two rings",
+                                 "tiles by wgmma"};
     std::printf("%s from %s: error %.2e, LSE %.2e\n", name, where[static_cast<int>(kernel)],
                 relative, worst_lse);
   }
+  std::vector<uint8_t> bytes(out.storage.size() * 16 + lse.size() * 4);
+  std::memcpy(bytes.data(), out.storage.data(), out.storage.size() * 16);
+  std::memcpy(bytes.data() + out.storage.size() * 16, lse.data(), lse.size() * 4);
+  return bytes;
 }
 
 void run(const char* name, const Case& c) {
-  for (const Kernel kernel : {Kernel::kPages, Kernel::kTiles, Kernel::kWgmma}) {
+  static int number = 0;
+  const Kernel rings = number++ % 2 == 0 ? Kernel::kTwoRings : Kernel::kOneRing;
+  std::vector<uint8_t> from_tiles;
+  for (const Kernel kernel : {Kernel::kPages, Kernel::kTiles, rings, Kernel::kWgmma}) {
     if (kernel != Kernel::kPages && !c.int8) continue;
     if (kernel == Kernel::kWgmma && c.gap % 8 != 0) continue;  // wants rows of 16-byte chunks
-    if (c.bf16) {
-      run<__nv_bfloat16>(name, c, kernel, 1);
-    } else {
-      run<__half>(name, c, kernel, 1);
-    }
+    const auto bytes =
+        c.bf16 ? run<__nv_bfloat16>(name, c, kernel, 1) : run<__half>(name, c, kernel, 1);
+    if (kernel == Kernel::kTiles) from_tiles = bytes;
+    if (kernel == rings) CHECK(bytes == from_tiles);  // how rows are shared out changes no bit
   }
 }
 

@@ -101,6 +101,7 @@ class Machine {
   alignas(1024) uint8_t shared[kSharedBytes];
   Index block{}, grid{};
   int threads = 0;
+  int columns = 0;  // threads with the same threadIdx.y
   std::vector<Warp> warps;
   NamedBarrier barriers[16];
   std::map<uint32_t, Mbarrier> mbarriers;
@@ -111,6 +112,7 @@ class Machine {
   uint64_t progress = 0;  // counts what may unblock somebody
 
   Fiber& self() { return *fibers_[current_]; }
+  int thread_index() const { return current_; }
 
   uint32_t next_random() {
     random = random * 6364136223846793005ull + 1442695040888963407ull;
@@ -169,7 +171,7 @@ class Machine {
     }
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = *fibers_[i];
-      fiber.thread = {i, 0, 0};
+      fiber.thread = {i % columns, i / columns, 0};
       fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -221,25 +223,32 @@ inline void Machine::enter() {
   machine().self().done = true;
 }
 
-// kernel<<<grid, threads>>>(args...)
+// kernel<<<grid, dim3(columns, rows)>>>(args...)
 template <typename Kernel, typename... Args>
-void launch(Kernel kernel, int grid, int threads, const Args&... args) {
+void launch_rows(Kernel kernel, int grid, int columns, int rows, const Args&... args) {
   Machine& m = machine();
   m.grid = {grid, 1, 1};
-  m.threads = threads;
+  m.threads = columns * rows;
+  m.columns = columns;
   for (int block = 0; block < grid; ++block) {
     m.block = {block, 0, 0};
     m.run_block([&] { kernel(args...); });
   }
 }
 
-inline int lane() { return machine().self().thread.x % 32; }
+// kernel<<<grid, threads>>>(args...)
+template <typename Kernel, typename... Args>
+void launch(Kernel kernel, int grid, int threads, const Args&... args) {
+  launch_rows(kernel, grid, threads, 1, args...);
+}
+
+inline int lane() { return machine().thread_index() % 32; }
 
 // All 32 lanes call this with the same `kind`; returns the buffer of the lanes' operands.
 inline uint64_t (*exchange(int kind, uint64_t a, uint64_t b = 0, uint64_t c = 0,
                            uint64_t d = 0))[4] {
   Machine& m = machine();
-  Warp& warp = m.warps[m.self().thread.x / 32];
+  Warp& warp = m.warps[m.thread_index() / 32];
   const uint64_t generation = warp.generation;
   if (warp.arrived == 0) warp.kind = kind;
   if (warp.kind != kind) fail("lanes of a warp are in different collectives");

@@ -14,7 +14,7 @@ enum MoreKinds { kShuffleWidth = 100, kReduceMax, kLdmatrix, kMmaBfloat, kMmaBfl
 
 }  // namespace emulation
 
-#define blockDim (::emulation::BlockDim{static_cast<unsigned>(::emulation::machine().threads)})
+#define blockDim (::emulation::BlockDim{static_cast<unsigned>(::emulation::machine().columns)})
 
 struct __half {
   uint16_t x;

@@ -13,7 +13,7 @@ inline void mbarrier_fence_init() {}
 inline void mbarrier_arrive(uint32_t barrier) { emulation::machine().arrive(barrier); }
 inline void mbarrier_arrive_on_cp_async(uint32_t barrier) {
   auto& machine = emulation::machine();
-  machine.flying[machine.self().thread.x].push_back([=] { emulation::machine().arrive(barrier); });
+  machine.flying[machine.thread_index()].push_back([=] { emulation::machine().arrive(barrier); });
 }
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   auto& machine = emulation::machine();

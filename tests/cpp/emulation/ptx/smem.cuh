@@ -67,7 +67,7 @@ void cp_async(uint32_t dst, const void* src) {
   if (reinterpret_cast<uintptr_t>(src) % kBytes != 0) emulation::fail("misaligned cp.async");
   auto& machine = emulation::machine();
   uint8_t* to = shared_pointer(dst, kBytes);
-  machine.flying[machine.self().thread.x].push_back([=] { std::memcpy(to, src, kBytes); });
+  machine.flying[machine.thread_index()].push_back([=] { std::memcpy(to, src, kBytes); });
 }
 
 inline void cp_async_commit() {}
@@ -76,7 +76,7 @@ inline void cp_async_commit() {}
 template <int kPending>
 void cp_async_wait() {
   auto& machine = emulation::machine();
-  machine.wait([&] { return machine.flying.count(machine.self().thread.x) == 0; });
+  machine.wait([&] { return machine.flying.count(machine.thread_index()) == 0; });
 }
 
 }  // namespace tq4::ptx

@@ -33,7 +33,7 @@ struct WgmmaQueue {
 
 inline WgmmaQueue& wgmma_queue() {
   static std::map<int, WgmmaQueue> queues;
-  return queues[emulation::machine().self().thread.x];
+  return queues[emulation::machine().thread_index()];
 }
 
 struct WgmmaOperand {
@@ -82,7 +82,7 @@ void wgmma_hold(T (&)[kCount]) {}
 // d[4 j + i]: row 16 w + g + 8 (i / 2), column 8 j + 2 t + i % 2.
 template <int kRegs>
 void wgmma_s8(int32_t (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
-  const int lane = emulation::lane(), warp = emulation::machine().self().thread.x / 32 % 4;
+  const int lane = emulation::lane(), warp = emulation::machine().thread_index() / 32 % 4;
   int32_t* const result = d;
   detail::wgmma_queue().open.push_back([=] {
     const detail::WgmmaOperand rows(a), columns(b);
