@@ -204,19 +204,35 @@ __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t st
     key_norm[c] = ptx::ld_shared_f32(norm);
     value_norm[c] = ptx::ld_shared_f32(norm + value_norms);
   }
+  uint32_t words[4][Config::Map::kValueWords];
+  const auto load_values = [&] {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      load_value_words<Config::D, Config::kWide>(
+          stage + at.value[c % 2] + c / 2 * plan.code_step, words[c]);
+    }
+    __syncwarp();  // all lanes have read the stage
+    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
+  };
+  if (Config::kWordsAhead > 0) load_values();
+  uint32_t ahead[4 * Config::kWordsAhead + 1][4];
+  expand_values<Config>(lane_table, words, 0, Config::kWordsAhead,
+                        [&](int tile, const uint32_t (&a)[4]) {
+#pragma unroll
+                          for (int i = 0; i < 4; ++i) ahead[tile][i] = a[i];
+                        });
   uint32_t weights[Config::kOctets][2];
   update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state,
                          weights);
-
-  uint32_t words[4][Config::Map::kValueWords];
+  if (Config::kWordsAhead == 0) load_values();
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    load_value_words<Config::D, Config::kWide>(stage + at.value[c % 2] + c / 2 * plan.code_step,
-                                               words[c]);
+  for (int tile = 0; tile < 4 * Config::kWordsAhead; ++tile) {
+    accumulate_tile<Config>(ahead[tile], tile, weights, state);
   }
-  __syncwarp();  // all lanes have read the stage
-  if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
-  accumulate_values<Config>(lane_table, words, weights, state);
+  expand_values<Config>(lane_table, words, Config::kWordsAhead, Config::Map::kValueWords,
+                        [&](int tile, const uint32_t (&a)[4]) {
+                          accumulate_tile<Config>(a, tile, weights, state);
+                        });
 }
 
 // [4/5] One segment: its tiles, team by team.

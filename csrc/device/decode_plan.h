@@ -113,6 +113,7 @@ struct DecodePlan {
   int32_t tiles_per_block;
   Divider block_divider;  // by tiles_per_block
   int32_t segment_cost;
+  int32_t prepare_grid;
   int32_t grid;
   DecodeShares shares;
   // For the combine kernel: by max_query_len * num_q_heads, num_q_heads, group, heads_per_chunk.
@@ -449,8 +450,13 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
                                              : static_cast<int64_t>(p.num_tokens));
   require(plan.query_rows < INT32_MAX - kPrepareRows * p.num_sms,
           "q: too many query tokens and heads for one call");
-  const int64_t prepare_ctas = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
-  plan.grid = p.num_sms - (prepare_ctas <= p.num_sms / 32 ? static_cast<int>(prepare_ctas) : 0);
+  const int64_t prepare_blocks = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
+  // Up to two blocks a CTA leave half of the SMs to CTAs of the main kernel, which fetch their first
+  // tiles meanwhile.
+  const int64_t half = std::max(1, p.num_sms / 2);
+  plan.prepare_grid = static_cast<int32_t>(
+      std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
+  plan.grid = p.num_sms - (prepare_blocks <= p.num_sms / 32 ? plan.prepare_grid : 0);
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable;
   if (!wants_bulk || !detail::plan_tiles(p, true, plan)) {
@@ -464,8 +470,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   // A unit costs a CTA about what 96 KB of keys do, beside its tiles.
   plan.segment_cost = 1 + 98304 / plan.copy.stage_bytes;
   // So does waiting for a CTA of the prepare kernel to leave; the last CTAs do.
-  const bool waits = plan.bulk && plan.grid == p.num_sms && prepare_ctas < plan.grid;
-  const int late_ctas = waits ? static_cast<int>(prepare_ctas) : 0;
+  const bool waits = plan.bulk && plan.grid == p.num_sms && plan.prepare_grid < plan.grid;
+  const int late_ctas = waits ? plan.prepare_grid : 0;
   plan.shares = {Divider::make(plan.grid), plan.grid - late_ctas, plan.segment_cost};
 
   const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;

@@ -54,6 +54,9 @@ struct DecodeConfig {
 
   // 16 k-steps of 4 registers would not leave enough for O: read again for each tile.
   static constexpr bool kHoldsQuery = kKeySteps < 16;
+  // Words of V that are expanded before the softmax, which then hides that: where there are
+  // registers for it, and few warps to hide it otherwise.
+  static constexpr int kWordsAhead = kBulk_ && kOctets == 2 ? 1 : 0;
 
   static constexpr int kWarps = decode_warps(D, kMode, kBulk);  // consumers
   // Registers move between whole groups of 4 warps; otherwise one producer warp will do.  The CTA
@@ -394,33 +397,40 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
   }
 }
 
-// [4/4] O^T += V^T P'^T.  a0,a1: even and odd dimension of tokens 2 t, 2 t + 1; a2,a3: of 8 + 2 t,
-// ...
-template <typename Config>
-__device__ __forceinline__ void accumulate_values(
-    uint32_t lane_table, const uint32_t (&words)[4][Config::Map::kValueWords],
-    const uint32_t (&weights)[Config::kOctets][2], DecodeState<Config>& state) {
-  const auto multiply = [&](auto byte, int tile, const TokenPairs& first,
-                            const TokenPairs& second) {
+// The A fragments of V of words [first, last), one m-tile after the other: use(tile, a).  a0,a1:
+// even and odd dimension of tokens 2 t, 2 t + 1; a2,a3: of 8 + 2 t, ...
+template <typename Config, typename Use>
+__device__ __forceinline__ void expand_values(
+    uint32_t lane_table, const uint32_t (&words)[4][Config::Map::kValueWords], int first_word,
+    int last_word, Use&& use) {
+  const auto expand = [&](auto byte, int tile, const TokenPairs& first, const TokenPairs& second) {
     constexpr int kByte = decltype(byte)::value;
     const uint32_t a[4] = {
         lookup_pair<kByte>(lane_table, first.even), lookup_pair<kByte>(lane_table, first.odd),
         lookup_pair<kByte>(lane_table, second.even), lookup_pair<kByte>(lane_table, second.odd)};
-#pragma unroll
-    for (int i = 0; i < Config::kOctets; ++i) {
-      ptx::mma_m16n8k16_f16f16f32(state.o[tile][i], a, weights[i][0], weights[i][1]);
-    }
+    use(tile, a);
   };
 #pragma unroll
-  for (int w = 0; w < Config::Map::kValueWords; ++w) {
+  for (int w = first_word; w < last_word; ++w) {
     const TokenPairs first = pair_tokens(words[0][w], words[1][w]);
     const TokenPairs second = pair_tokens(words[2][w], words[3][w]);
-    multiply(std::integral_constant<int, 0>{}, 4 * w, first, second);
-    multiply(std::integral_constant<int, 1>{}, 4 * w + 1, first, second);
+    expand(std::integral_constant<int, 0>{}, 4 * w, first, second);
+    expand(std::integral_constant<int, 1>{}, 4 * w + 1, first, second);
     if (4 * w + 2 < Config::Map::kValueTiles) {  // D = 96 ends on half a word
-      multiply(std::integral_constant<int, 2>{}, 4 * w + 2, first, second);
-      multiply(std::integral_constant<int, 3>{}, 4 * w + 3, first, second);
+      expand(std::integral_constant<int, 2>{}, 4 * w + 2, first, second);
+      expand(std::integral_constant<int, 3>{}, 4 * w + 3, first, second);
     }
+  }
+}
+
+// [4/4] O^T += V^T P'^T, of one m-tile.
+template <typename Config>
+__device__ __forceinline__ void accumulate_tile(const uint32_t (&a)[4], int tile,
+                                                const uint32_t (&weights)[Config::kOctets][2],
+                                                DecodeState<Config>& state) {
+#pragma unroll
+  for (int i = 0; i < Config::kOctets; ++i) {
+    ptx::mma_m16n8k16_f16f16f32(state.o[tile][i], a, weights[i][0], weights[i][1]);
   }
 }
 

@@ -18,11 +18,9 @@ constexpr bool kHasBulkKernels = false;
 #endif
 
 void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  const int64_t blocks = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, p.num_sms)));
-    launch_kernel(decode_prepare_kernel<d>, grid, dim3(PrepareConfig<d>::kThreads), 0, stream, p,
-                  plan);
+    launch_kernel(decode_prepare_kernel<d>, dim3(plan.prepare_grid),
+                  dim3(PrepareConfig<d>::kThreads), 0, stream, p, plan);
   });
 }
 
