@@ -11,6 +11,7 @@
 //   kValueChunks                16-byte chunks of fp16 values a token; those past the last dim
 //                               become zeros
 //   value_offset(token, chunk)  of the chunk with the fp16 values of dims 8 chunk .. + 7
+//   kExpandThreads              threads of a CTA: as many as leave room for the kernel beside it
 //   write_scale(image, token, k_norm)  writes what the scores of a token are multiplied by, and its
 //                               share of what neither chunks nor scales cover
 // TileImage has the usual answers.
@@ -40,10 +41,10 @@
 
 namespace tq4 {
 
-constexpr int kExpandThreads = 128;
 // CTAs an SM: enough loads in flight to hide that a code waits for its entry of the block table.
 // With 64 registers a thread one of them finds room beside a CTA that prepares queries.
-constexpr int kExpandCtas = 8;
+template <typename Image>
+constexpr int kExpandCtas = 1024 / Image::kExpandThreads;
 
 // The tokens of one tile in the cache.
 struct TileSource {
@@ -83,7 +84,7 @@ __device__ __forceinline__ void copy_packed(const PageView& view, const PageShap
                                             const TileSource& source, PackedTile<Image>& packed) {
   constexpr int kRowBytes = PackedTile<Image>::kRowBytes;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 2 * Image::kTileTokens; i += kExpandThreads) {
+  for (int i = threadIdx.x; i < 2 * Image::kTileTokens; i += Image::kExpandThreads) {
     const int token = i / 2, side = i % 2;
     const int key = min(source.first_key + token, source.last_key);
     const int entry = static_cast<int>(shape.block_size.quotient(key));
@@ -119,7 +120,7 @@ __device__ __forceinline__ void expand_keys(const PackedTile<Image>& packed,
   constexpr int kChunks = Image::kKeyChunks, kTotal = Image::kTileTokens * kChunks;
   constexpr bool kWholeChunks = kChunks * 16 == Image::kHeadDim;
 #pragma unroll(kChunksAtOnce<Image>)
-  for (int i = threadIdx.x; i < kTotal; i += kExpandThreads) {
+  for (int i = threadIdx.x; i < kTotal; i += Image::kExpandThreads) {
     const int token = i / kChunks, chunk = i % kChunks;
     const uint32_t src = ptx::smem_address(packed.codes[0][token]) + Image::key_dim(chunk) / 2;
     uint2 words;
@@ -145,7 +146,7 @@ __device__ __forceinline__ void expand_values(const PackedTile<Image>& packed,
   constexpr int kChunks = Image::kValueChunks, kUsed = Image::kHeadDim / 8;
   constexpr int kTotal = Image::kTileTokens * kChunks;
 #pragma unroll(kChunksAtOnce<Image>)
-  for (int i = threadIdx.x; i < kTotal; i += kExpandThreads) {
+  for (int i = threadIdx.x; i < kTotal; i += Image::kExpandThreads) {
     const int token = i / kChunks, chunk = i % kChunks;
     const float norm = packed.norms[1][token] * v_unit;
     const uint32_t norm2 = ptx::pack_f16x2(norm, norm);
@@ -163,20 +164,22 @@ __device__ __forceinline__ void expand_values(const PackedTile<Image>& packed,
 template <typename Image>
 __device__ __forceinline__ void expand_scales(const PackedTile<Image>& packed,
                                               const TileSource& source, uint8_t* image) {
-  for (int token = threadIdx.x; token < Image::kTileTokens; token += kExpandThreads) {
+  for (int token = threadIdx.x; token < Image::kTileTokens; token += Image::kExpandThreads) {
     Image::write_scale(image, token, source.has(token) ? packed.norms[0][token] : 0.f);
   }
 }
 
-// Where the sequences' tiles end, kExpandThreads sequences at a time.
+// Where the sequences' tiles end, kThreads sequences at a time.
+template <int kThreads>
 struct TileEnds {
-  int64_t ends[kExpandThreads];  // tiles of one head up to and with each sequence of the group
-  int64_t warp_totals[kExpandThreads / kWarpSize];
+  int64_t ends[kThreads];  // tiles of one head up to and with each sequence of the group
+  int64_t warp_totals[kThreads / kWarpSize];
 };
 
-// Fills `shared` for the sequences [first_seq, first_seq + kExpandThreads); returns their tiles.
+// Fills `shared` for the sequences [first_seq, first_seq + kThreads); returns their tiles.
+template <int kThreads>
 __device__ __forceinline__ int64_t scan_tiles(const AttentionParams& p, const TileWorkspace& w,
-                                              int first_seq, TileEnds& shared) {
+                                              int first_seq, TileEnds<kThreads>& shared) {
   const int seq = first_seq + static_cast<int>(threadIdx.x);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int64_t sum = 0;
@@ -193,7 +196,7 @@ __device__ __forceinline__ int64_t scan_tiles(const AttentionParams& p, const Ti
   __syncthreads();  // the warps' totals are written; the ends of the last group are no longer read
   int64_t total = 0;
 #pragma unroll
-  for (int i = 0; i < kExpandThreads / kWarpSize; ++i) {
+  for (int i = 0; i < kThreads / kWarpSize; ++i) {
     if (i == warp) sum += total;
     total += shared.warp_totals[i];
   }
@@ -202,19 +205,22 @@ __device__ __forceinline__ int64_t scan_tiles(const AttentionParams& p, const Ti
   return total;
 }
 
-// A fixed grid of any size, kExpandThreads threads a CTA: which tiles there are, only the lengths
+// A fixed grid of any size: which tiles there are, only the lengths
 // on the device say.
 template <typename Image>
-__global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
+__global__ void __launch_bounds__(Image::kExpandThreads, kExpandCtas<Image>)
     expand_tiles_kernel(const __grid_constant__ AttentionParams p,
                         const __grid_constant__ TileWorkspace w, int pass) {
   __shared__ CodebookTables tables;
-  __shared__ TileEnds tile_ends;
+  constexpr int kThreads = Image::kExpandThreads;
+  __shared__ TileEnds<kThreads> tile_ends;
   auto& packed = *reinterpret_cast<PackedTile<Image>*>(ptx::dynamic_shared());
   ptx::allow_dependent_launch();
   // An attention kernel of the pass before may still read the workspace.
   if (pass > 0) ptx::wait_for_predecessor();
-  bool has_tables = false;
+  if (threadIdx.x >= kThreads - kWarpSize) {  // a warp that hardly ever scans a sequence
+    write_codebook_tables(&tables, p.k_codes, p.k_centroids, p.v_centroids);
+  }
   const PageView& view = p.cache;
   const int heads = view.num_kv_heads;
   const PageShape shape{Divider::make(view.block_size), copy_width(view)};
@@ -223,13 +229,13 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
   int64_t tile_index = pass_begin + blockIdx.x;  // among the tiles of all passes
   int64_t tiles_before = 0;                      // of one head, before first_seq
   for (int first_seq = 0; first_seq < p.num_seqs && tiles_before * heads < pass_end;
-       first_seq += kExpandThreads) {
+       first_seq += kThreads) {
     const int64_t tiles_here = scan_tiles(p, w, first_seq, tile_ends);
     const int64_t all_end = (tiles_before + tiles_here) * heads;
     const int64_t end = all_end < pass_end ? all_end : pass_end;
     for (; tile_index < end; tile_index += gridDim.x) {
       const int64_t index = tile_index - tiles_before * heads;
-      int lo = 0, hi = kExpandThreads - 1;
+      int lo = 0, hi = kThreads - 1;
       while (lo < hi) {  // the first sequence whose tiles end after `index`
         const int mid = (lo + hi) / 2;
         if (tile_ends.ends[mid] * heads > index) {
@@ -259,12 +265,8 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandCtas)
       uint8_t* image = w.tiles + (place.first_tile + tile) * static_cast<int64_t>(Image::kBytes);
       __syncthreads();  // the packed tile before has been read
       copy_packed<Image>(view, shape, source, packed);
-      if (!has_tables && threadIdx.x < kWarpSize) {  // while the first tile is on its way
-        write_codebook_tables(&tables, p.k_codes, p.k_centroids, p.v_centroids);
-      }
-      has_tables = true;
       ptx::cp_async_wait<0>();
-      __syncthreads();  // all threads' copies have landed, and the tables are written
+      __syncthreads();  // all threads' copies have landed
       expand_keys<Image>(packed, source, tables.k_codes, image);
       expand_values<Image>(packed, source, tables.v_high, tables.v_low, tables.v_unit, image);
       expand_scales<Image>(packed, source, image);

@@ -91,6 +91,7 @@ template <int D, int kTokens>
 struct TileImage {
   static constexpr int kHeadDim = D;
   static constexpr int kTileTokens = kTokens;
+  static constexpr int kExpandThreads = 256;
   static constexpr int kKeyChunks = D / 16;
   static constexpr int kValueChunks = D / 8;
   TQ4_HOST_DEVICE static constexpr int key_dim(int chunk) { return 16 * chunk; }

@@ -54,6 +54,7 @@ constexpr int kWgmmaTileTokens = 64;
 
 template <int D>
 struct WgmmaImage : TileImage<D, kWgmmaTileTokens> {
+  static constexpr int kExpandThreads = 128;
   static constexpr int kTileTokens = kWgmmaTileTokens;
   using Key = KeyMajorImage<D, kTileTokens>;
   using Value = ValueMajorImage<D, kTileTokens>;

@@ -90,13 +90,14 @@ void launch(const AttentionParams& p, Stream stream) {
                 p.q_rotation != nullptr ? QueryPanels<D>::bytes(resident) : 0, stream, p,
                 plan.queries, resident);
 
-  const int64_t expand_grid =
-      std::min<int64_t>(std::max(p.num_sms, 1) * kExpandCtas, plan.tiles.capacity);
+  const int64_t expand_grid = std::min<int64_t>(
+      std::max(p.num_sms, 1) * kExpandCtas<PrefillImage<Wide>>, plan.tiles.capacity);
   const int rings = rings_of_four<D>(p, max_smem);
   plan.queries.num_works = rings > 0 ? num_works<Narrow>(p) : num_works<Wide>(p);
   for (int pass = 0; pass < plan.tiles.num_passes; ++pass) {
     launch_dependent_kernel(overlapped, expand_tiles_kernel<PrefillImage<Wide>>,
-                            dim3(static_cast<unsigned>(expand_grid)), dim3(kExpandThreads),
+                            dim3(static_cast<unsigned>(expand_grid)),
+                            dim3(PrefillImage<Wide>::kExpandThreads),
                             sizeof(PackedTile<PrefillImage<Wide>>), stream, p, plan.tiles, pass);
     if (rings > 0) {
       launch_dependent_kernel(overlapped, prefill_tiles_kernel<Narrow>,

@@ -51,9 +51,10 @@ void launch(const AttentionParams& p, Stream stream) {
   plan.tiles.tiles = workspace + plan.tiles_offset;
   const auto images = static_cast<unsigned>(plan.num_images);
   const auto expand = [&](int pass) {
-    const int64_t grid = std::min<int64_t>(p.num_sms * kExpandCtas, plan.tiles.capacity);
+    const int64_t grid =
+        std::min<int64_t>(p.num_sms * kExpandCtas<WgmmaImage<D>>, plan.tiles.capacity);
     launch_dependent_kernel(true, expand_tiles_kernel<WgmmaImage<D>>,
-                            dim3(static_cast<unsigned>(grid)), dim3(kExpandThreads),
+                            dim3(static_cast<unsigned>(grid)), dim3(WgmmaImage<D>::kExpandThreads),
                             sizeof(PackedTile<WgmmaImage<D>>), stream, p, plan.tiles, pass);
   };
   // Each kernel starts when the one before leaves room, and waits for all before it at its end (or

@@ -83,7 +83,7 @@ void launch_tiles(const tq4::AttentionParams& p, int64_t limit_tiles, int rings)
   for (int pass = 0; pass < w.num_passes; ++pass) {
     // NaN: what no tile of this pass holds must not be used.
     std::memset(static_cast<void*>(storage.data()), 0xff, storage.size() * 16);
-    emulation::launch(tq4::expand_tiles_kernel<Image>, 2, tq4::kExpandThreads, p, w, pass);
+    emulation::launch(tq4::expand_tiles_kernel<Image>, 2, Image::kExpandThreads, p, w, pass);
     emulation::launch_rows(tq4::sm80::prefill_tiles_kernel<Config>,
                            tq4::ceil_div(queries.num_works, rings), Config::kThreads, rings, p, w,
                            queries, pass);
@@ -118,7 +118,7 @@ void launch_wgmma(tq4::AttentionParams p, int64_t limit_tiles) {
   for (int pass = 0; pass < w.num_passes; ++pass) {
     // NaN: what no tile of this pass holds must not be used.
     std::memset(w.tiles, 0xff, w.capacity * Image::kBytes);
-    emulation::launch(tq4::expand_tiles_kernel<Image>, 2, tq4::kExpandThreads, p, w, pass);
+    emulation::launch(tq4::expand_tiles_kernel<Image>, 2, Image::kExpandThreads, p, w, pass);
     if (pass == 0) {
       emulation::launch(tq4::sm90::prepare_queries_kernel<D>, 3, Prepare::kThreads, p,
                         workspace + buffers.queries, images, workspace + buffers.rotation,

@@ -110,7 +110,7 @@ void run(const char* name, const Case& c) {
   int64_t seen = 0;
   for (int pass = 0; pass < w.num_passes; ++pass) {
     std::memset(static_cast<void*>(storage.data()), 0xee, storage.size() * 16);
-    emulation::launch(tq4::expand_tiles_kernel<Image>, c.grid, tq4::kExpandThreads, p, w, pass);
+    emulation::launch(tq4::expand_tiles_kernel<Image>, c.grid, Image::kExpandThreads, p, w, pass);
     std::vector<bool> written(w.capacity + 1);
     int64_t before = 0;
     for (int s = 0; s < num_seqs; ++s) {
