@@ -1,6 +1,9 @@
 // How a tile gets from its page into a stage of shared memory: the only part of decode that differs
 // between architectures.
 //
+// A call reads a page once, and the next one comes when the other layers' pages have passed through
+// the L2: copies ask to be evicted first, so that they leave other data alone.
+//
 // Both are run by the one producer warp, all lanes alike: wait until the stage is empty, copy,
 // arrive at `full` when everything has landed.  batch() tiles are handled a step; lane_tile() is
 // the lane's.
@@ -95,8 +98,13 @@ struct CpAsyncPipeline : DecodeRing {
       const int step_at = (kWarpSize - step_rep * elements) * kBytes;
 #pragma unroll 4
       while (rep < plan.copy.reps) {
-        ptx::cp_async<kBytes>(dst + rep * plan.copy.dst_stride + at,
-                              src + rep * plan.copy.src_stride + at);
+        const uint32_t to = dst + rep * plan.copy.dst_stride + at;
+        const uint8_t* from = src + rep * plan.copy.src_stride + at;
+        if constexpr (kBytes == 16) {
+          ptx::cp_async_once(to, from);
+        } else {
+          ptx::cp_async<kBytes>(to, from);
+        }
         rep += step_rep;
         at += step_at;
         if (at >= run.bytes) {
@@ -152,8 +160,9 @@ struct BulkPipeline : DecodeRing {
       ptx::mbarrier_wait(barrier + kEmpty, parity ^ 1);  // its last readers are done
       if (threadIdx.x % kWarpSize == 0) {
         ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
-        ptx::bulk_copy_to_shared(stages + stage * plan.copy.stage_bytes,
-                                 reinterpret_cast<const uint8_t*>(src), plan.copy.bytes, barrier);
+        ptx::bulk_copy_once_to_shared(stages + stage * plan.copy.stage_bytes,
+                                      reinterpret_cast<const uint8_t*>(src), plan.copy.bytes,
+                                      barrier, ptx::read_once_policy());
       }
       if (++stage == plan.num_stages) stage = 0, parity ^= 1;
     }
@@ -181,8 +190,8 @@ struct BulkPipeline : DecodeRing {
 #pragma unroll 1
     for (; piece < plan.copy.num_pieces(); piece += kWarpSize) {
       const CopyPiece p = reload(shared.pieces[piece]);
-      ptx::bulk_copy_to_shared(stage + p.dst, source(page, p, tile_in_block, chunk), p.bytes,
-                               full(at.stage));
+      ptx::bulk_copy_once_to_shared(stage + p.dst, source(page, p, tile_in_block, chunk), p.bytes,
+                                    full(at.stage), ptx::read_once_policy());
     }
   }
 };

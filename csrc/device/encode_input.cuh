@@ -26,16 +26,9 @@ struct EncodeConfig {
   // Padded so that 8 rows of 16 bytes (ldmatrix), or 4 rows of 32 bytes (fp32), meet 32 banks.
   static constexpr int kRowBytes = D * kElementBytes + 8 * kElementBytes;
   static constexpr int kTileBytes = 16 * kRowBytes;
-  // A launch uses as many as have room for their tiles in shared memory.  A tile is a chain of
-  // latencies: the more warps, the better they are hidden.
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-  static constexpr int kManyWarps = 24;
-#else
-  static constexpr int kManyWarps = 16;  // no room for the tiles of more
-#endif
-  static constexpr int kMaxWarps = D == 256                        ? (kElementBytes == 2 ? 12 : 8)
-                                   : kElementBytes == 2 && D != 96 ? kManyWarps
-                                                                   : 16;
+  // A launch uses as many as have room for their tiles in shared memory.  With 16 warps 128
+  // registers a thread are left, just not enough for two passes.
+  static constexpr int kMaxWarps = D < 256 ? 16 : kElementBytes == 2 ? 12 : 8;
   // R in shared memory: all of it, or for D = 256 slices of 32 columns, refilled for each round of
   // tiles.
   static constexpr int kSlices = D == 256 ? 8 : 1;
@@ -45,29 +38,6 @@ struct EncodeConfig {
 };
 
 enum class RotationKind { kNone, kHadamard, kGeneral };
-
-// Where the warps' tiles lie in shared memory, behind the place of R's fragments if there is a
-// rotation.  Second ones are used with kinds of rotation that need no fragments.
-template <class C>
-struct TileBuffers {
-  bool has_rotation;
-  int num_warps;
-
-  TQ4_HOST_DEVICE int rotation_bytes() const {
-    return has_rotation ? static_cast<int>(sizeof(typename C::Rotation)) : 0;
-  }
-  // Second tiles that lie in the place of the fragments.
-  TQ4_HOST_DEVICE int shared_tiles() const { return rotation_bytes() / C::kTileBytes; }
-
-  TQ4_HOST_DEVICE int first(int warp) const { return rotation_bytes() + warp * C::kTileBytes; }
-  TQ4_HOST_DEVICE int second(int warp) const {
-    return warp < shared_tiles() ? warp * C::kTileBytes : first(num_warps + warp - shared_tiles());
-  }
-  TQ4_HOST_DEVICE int bytes(int buffers) const {
-    const int more = buffers == 2 && num_warps > shared_tiles() ? num_warps - shared_tiles() : 0;
-    return first(num_warps + more);
-  }
-};
 
 // acc[group][tile][c]: c0, c1 = row g, c2, c3 = row g + 8, dims code_dim(4 group + tile, t, 0..1).
 template <class C>
@@ -118,7 +88,7 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
     const uint32_t dst = s_tile + (g + 8 * r) * C::kRowBytes + 16 * t;
     if (p.aligned_input) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) ptx::cp_async<16>(dst + 64 * i, x + 64 * i);
+      for (int i = 0; i < kChunks; ++i) ptx::cp_async_once(dst + 64 * i, x + 64 * i);
     } else {
 #pragma unroll 1
       for (int i = 0; i < kChunks; ++i) {

@@ -10,9 +10,8 @@
 //
 // fragment_map.cuh chooses which dim is which fragment element, so that a lane accumulates D/4
 // consecutive dims of two rows, that is D/8 consecutive bytes of codes each: no shuffles.  A warp
-// has two buffers for tiles where shared memory has room (the second ones lie in the place of R's
-// fragments, as far as they fit, unless R is general): the next tile is fetched while this one is
-// worked on.  With one, it is fetched once the products have consumed this one, behind the
+// has two buffers for tiles where shared memory has room: the next tile is fetched while this one
+// is worked on.  With one, it is fetched once the products have consumed this one, behind the
 // quantiser.
 //
 // The rotation is recognised by its entries (rotation_fragments.cuh) and taken one of three ways:
@@ -26,7 +25,7 @@
 //
 // Quantising, per value: FFMA.SAT, FFMA, SHFL, FFMA and 11/8 of packing (cell_table.cuh).
 //
-// Shared memory (dynamic): [R's fragments, only with a rotation][one x tile a warp][second tiles]
+// Shared memory (dynamic): [R's fragments, only with a rotation][one x tile a warp]
 #pragma once
 #include <cstdint>
 
@@ -104,16 +103,17 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   const int cta = blockIdx.x / p.num_sides, num_ctas = gridDim.x / p.num_sides;
   const int num_tiles = (p.num_rows - 1) / 16 + 1, tile_stride = num_ctas * num_warps;
   const bool any_rotation = p.sides[0].rotation != nullptr || p.sides[1].rotation != nullptr;
-  const TileBuffers<C> buffers{any_rotation, num_warps};
-  uint32_t s_now = ptx::smem_address(s_dynamic) + buffers.first(warp);
-  const uint32_t s_both = s_now + ptx::smem_address(s_dynamic) + buffers.second(warp);
+  const uint32_t s_tile = ptx::smem_address(s_dynamic) +
+                          (any_rotation ? sizeof(typename C::Rotation) : 0) +
+                          warp * p.tile_buffers * C::kTileBytes;
+  const bool ahead = p.tile_buffers == 2;
   // CTAs first: a few tiles spread over all SMs, and the last round's over all SMs too.
   int tile_idx = warp * num_ctas + cta;
 
   // [1/6] Start the first tile's loads: they fly while the tables are made.
   // Warps without a tile load nothing: all of them at the last row's address is 30 us (H200).
   RowTarget target{-1, 0, false};
-  if (tile_idx < num_tiles) load_tile<C>(s_now, target, p, side, tile_idx);
+  if (tile_idx < num_tiles) load_tile<C>(s_tile, target, p, side, tile_idx);
 
   // [2/6] Tables.  Their loads are started together and used after the scan of R, which waits
   // anyway.
@@ -147,16 +147,13 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
                     // that share nothing else (but for the slices of a general D = 256 rotation)
   const Quantiser quantiser = make_quantiser(s_tables.boundaries);
 
-  // Warps go their own ways, but for the barriers of a rotation that comes in slices.
   const bool keep_together = C::kSlices > 1 && kind == RotationKind::kGeneral;
-  const bool ahead = p.tile_buffers == 2 && kind != RotationKind::kGeneral;
-  for (int first_tile = C::kSlices > 1 ? 0 : tile_idx; first_tile < num_tiles;
-       first_tile += tile_stride) {
-    if (C::kSlices == 1) tile_idx = first_tile;
+  uint32_t s_now = s_tile;
+  for (int first_tile = 0; first_tile < num_tiles; first_tile += tile_stride) {
     if (tile_idx >= num_tiles && !keep_together) break;
     tile_idx += tile_stride;
     const RowTarget current = target;
-    const uint32_t s_next = s_both - s_now;
+    const uint32_t s_next = 2 * s_tile + C::kTileBytes - s_now;
     if (ahead) {
       if (tile_idx < num_tiles) {
         load_tile<C>(s_next, target, p, side, tile_idx);
@@ -198,7 +195,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
         if (ahead) {
           s_now = s_next;
         } else if (tile_idx < num_tiles) {
-          load_tile<C>(s_now, target, p, side, tile_idx);
+          load_tile<C>(s_tile, target, p, side, tile_idx);
         } else {
           target.exists = false;  // a warp that stays only for the others' barriers writes nothing
         }
@@ -222,8 +219,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
         uint8_t* codes =
             reinterpret_cast<uint8_t*>(from_owner(reinterpret_cast<uint64_t>(own.codes), r));
         if (codes != nullptr) {
-          write_words(codes + t * Map::kQuarterBytes + pass * 4 * Map::kPassGroups, words[r],
-                      p.code_width);
+          write_words(codes + t * Map::kQuarterBytes + pass * 16, words[r], p.code_width);
         }
       }
       if (pass == Map::kPasses - 1) {  // which knows all codes of the row

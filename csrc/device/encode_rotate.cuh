@@ -189,7 +189,6 @@ __device__ __forceinline__ void multiply_general(Accumulators<C>& acc, uint32_t 
   constexpr int kPassSlices = C::kSlices == 1 ? 1 : C::kSlices / Map::kPasses;
   constexpr int kSliceGroups = Map::kPassGroups / kPassSlices;
   const int lane = threadIdx.x % kWarpSize;
-  const int held = C::kSlices == 1 ? pass * Map::kPassGroups * 2 : 0;  // fragments before the pass'
 #pragma unroll
   for (int i = 0; i < 16 * Map::kPassGroups; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0.f;
 #pragma unroll
@@ -204,14 +203,14 @@ __device__ __forceinline__ void multiply_general(Accumulators<C>& acc, uint32_t 
     // registers.
 #pragma unroll
     for (int group = 0; group < kSliceGroups; ++group) {
-#pragma unroll 1
+#pragma unroll 2
       for (int step = 0; step < Map::kSteps; ++step) {
         uint32_t a[C::kSplits][4];
         load_fp16_fragments<C>(a, s_tile, step, row_scale);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          const uint4 high = s_rotation.high[held + group * 2 + pair][step][lane];
-          const uint4 low = s_rotation.low[held + group * 2 + pair][step][lane];
+          const uint4 high = s_rotation.high[group * 2 + pair][step][lane];
+          const uint4 low = s_rotation.low[group * 2 + pair][step][lane];
           float (&even)[4] = acc[slice * kSliceGroups + group][2 * pair];
           float (&odd)[4] = acc[slice * kSliceGroups + group][2 * pair + 1];
           ptx::mma_m16n8k16_f16f16f32(even, a[0], high.x, high.y);

@@ -31,9 +31,8 @@ struct FragmentMap {
   static constexpr int kGroups = D / 32;
   static constexpr int kSteps = D / 16;
   static constexpr int kTiles = D / 8;
-  // D = 256 is produced in two passes of 4 groups, so that the accumulators fit in registers; D =
-  // 128 in two of 2 groups, so that those of 24 warps do.
-  static constexpr int kPasses = D >= 128 ? 2 : 1;
+  // D = 256 is produced in two passes of 4 groups, so that the accumulators fit in registers.
+  static constexpr int kPasses = D == 256 ? 2 : 1;
   static constexpr int kPassGroups = kGroups / kPasses;
   static constexpr int kPassTiles = kTiles / kPasses;
 

@@ -114,21 +114,6 @@ void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t 
   launch_kernel_with(nullptr, 0, kernel, grid, block, smem_bytes, stream, args...);
 }
 
-// Most threads of a CTA of a kernel: its launch bounds may depend on what its code is compiled for.
-template <auto kKernel>
-int max_threads(int arch) {
-  static std::atomic<int> known{0};  // 2048 * arch + answer of the last device asked about
-  int answer = known.load(std::memory_order_relaxed);
-  if (answer / 2048 != arch) {
-    cudaFuncAttributes attributes;
-    check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)),
-               "cudaFuncGetAttributes");
-    answer = 2048 * arch + attributes.maxThreadsPerBlock;
-    known.store(answer, std::memory_order_relaxed);
-  }
-  return answer % 2048;
-}
-
 // Whether this build's code of a kernel waits for its predecessors, as overlapped launches need:
 // code made from PTX older than sm_90 runs on newer devices, but without those instructions.
 template <typename... KernelArgs>

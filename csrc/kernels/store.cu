@@ -15,28 +15,19 @@ template <class C>
 void launch_config(const EncodeParams& p, Stream stream) {
   const DeviceProperties device = device_properties();
   const bool rotated = p.sides[0].rotation != nullptr || p.sides[1].rotation != nullptr;
+  const int rotation_bytes = rotated ? static_cast<int>(sizeof(typename C::Rotation)) : 0;
   constexpr int kStaticBytes = round_up(static_cast<int>(sizeof(EncodeTables)), 128);
-  const int room = device.max_smem_bytes - kStaticBytes;
-  // As many warps as have room.  An even number, so that the threads are a multiple of D / 4
-  // (scan_rotation).
-  const auto most_warps = [&](int buffers) {
-    int warps = max_threads<encode_kernel<C>>(device.arch) / kWarpSize;
-    while (warps > 0 && TileBuffers<C>{rotated, warps}.bytes(buffers) > room) warps -= 2;
-    return warps;
-  };
-  int warps = most_warps(1);
+  const int room = (device.max_smem_bytes - kStaticBytes - rotation_bytes) / C::kTileBytes;
+  // An even number, so that the threads are a multiple of D / 4 (scan_rotation).
+  const int warps = std::min(C::kMaxWarps, room / 2 * 2);
   if (warps < 2) throw std::runtime_error("store: this device has too little shared memory a CTA");
   const int num_tiles = (p.num_rows - 1) / 16 + 1;
   // One persistent CTA an SM, half of them for each side.
   const int ctas = std::min(std::max(device.num_sms / p.num_sides, 1), num_tiles);
   EncodeParams params = p;
-  const int doubled = most_warps(2);
-  if (num_tiles > ctas * warps && doubled > 0 && 4 * doubled >= 3 * warps) {
-    warps = doubled;
-    params.tile_buffers = 2;
-  }
+  params.tile_buffers = num_tiles > ctas * warps && room >= 2 * warps ? 2 : 1;
   launch_kernel(encode_kernel<C>, static_cast<unsigned>(ctas * p.num_sides), warps * kWarpSize,
-                TileBuffers<C>{rotated, warps}.bytes(params.tile_buffers), stream, params);
+                rotation_bytes + warps * params.tile_buffers * C::kTileBytes, stream, params);
 }
 
 template <typename T>

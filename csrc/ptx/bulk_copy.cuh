@@ -26,4 +26,15 @@ __device__ __forceinline__ void bulk_copy_to_shared(uint32_t dst, const void* sr
       : "memory");
 }
 
+// The same of bytes that nobody reads again; `policy` is read_once_policy().
+__device__ __forceinline__ void bulk_copy_once_to_shared(uint32_t dst, const void* src,
+                                                         uint32_t bytes, uint32_t barrier,
+                                                         uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 }  // namespace tq4::ptx

@@ -89,6 +89,21 @@ __device__ __forceinline__ void cp_async(uint32_t dst, const void* src) {
   }
 }
 
+// L2 cache policy of what is read once: it makes room before other lines do (PTX ISA,
+// "createpolicy").
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes that nobody reads again.
+__device__ __forceinline__ void cp_async_once(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+               "l"(read_once_policy())
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups are unfinished.

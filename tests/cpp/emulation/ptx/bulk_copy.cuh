@@ -27,4 +27,9 @@ inline void bulk_copy_to_shared(uint32_t dst, const void* src, uint32_t bytes, u
   });
 }
 
+inline void bulk_copy_once_to_shared(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier,
+                                     uint64_t) {
+  bulk_copy_to_shared(dst, src, bytes, barrier);
+}
+
 }  // namespace tq4::ptx

@@ -70,6 +70,10 @@ void cp_async(uint32_t dst, const void* src) {
   machine.flying[machine.thread_index()].push_back([=] { std::memcpy(to, src, kBytes); });
 }
 
+inline uint64_t read_once_policy() { return 0; }
+
+inline void cp_async_once(uint32_t dst, const void* src) { cp_async<16>(dst, src); }
+
 inline void cp_async_commit() {}
 
 // Waits for all of the thread's copies, whatever the number allowed to be pending.
