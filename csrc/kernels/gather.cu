@@ -2,11 +2,11 @@
 // different sources.
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 
 #include "../device/expand_kernel.cuh"
 #include "../device/launch.h"
 #include "gather.h"
+#include "head_dim.h"
 
 namespace tq4 {
 namespace {
@@ -23,19 +23,7 @@ void launch_config(const ExpandParams& p, Stream stream) {
 
 template <typename T>
 void launch_element(const ExpandParams& p, int head_dim, Stream stream) {
-  switch (head_dim) {
-    case 64:
-      return launch_config<ExpandConfig<T, 64>>(p, stream);
-    case 96:
-      return launch_config<ExpandConfig<T, 96>>(p, stream);
-    case 128:
-      return launch_config<ExpandConfig<T, 128>>(p, stream);
-    case 256:
-      return launch_config<ExpandConfig<T, 256>>(p, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256, got " +
-                                  std::to_string(head_dim));
-  }
+  dispatch_head_dim(head_dim, [&](auto d) { launch_config<ExpandConfig<T, d>>(p, stream); });
 }
 
 void launch_expand(const ExpandParams& p, int head_dim, DType dtype, Stream stream) {

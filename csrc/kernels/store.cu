@@ -2,10 +2,10 @@
 // row targets.
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 
 #include "../device/encode_kernel.cuh"
 #include "../device/launch.h"
+#include "head_dim.h"
 #include "store.h"
 
 namespace tq4 {
@@ -32,19 +32,7 @@ void launch_config(const EncodeParams& p, Stream stream) {
 
 template <typename T>
 void launch_element(const EncodeParams& p, int head_dim, Stream stream) {
-  switch (head_dim) {
-    case 64:
-      return launch_config<EncodeConfig<T, 64>>(p, stream);
-    case 96:
-      return launch_config<EncodeConfig<T, 96>>(p, stream);
-    case 128:
-      return launch_config<EncodeConfig<T, 128>>(p, stream);
-    case 256:
-      return launch_config<EncodeConfig<T, 256>>(p, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 64, 96, 128 or 256, got " +
-                                  std::to_string(head_dim));
-  }
+  dispatch_head_dim(head_dim, [&](auto d) { launch_config<EncodeConfig<T, d>>(p, stream); });
 }
 
 void launch_encode(const EncodeParams& p, int head_dim, DType dtype, Stream stream) {
