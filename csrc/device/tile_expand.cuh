@@ -42,9 +42,10 @@
 namespace tq4 {
 
 // CTAs an SM: enough loads in flight to hide that a code waits for its entry of the block table.
-// With 64 registers a thread one of them finds room beside a CTA that prepares queries.
+// With the 64 registers a thread of 128, or the 80 of 256, one of them finds room beside a CTA that
+// prepares queries.
 template <typename Image>
-constexpr int kExpandCtas = 1024 / Image::kExpandThreads;
+constexpr int kExpandCtas = Image::kExpandThreads == 128 ? 8 : 3;
 
 // The tokens of one tile in the cache.
 struct TileSource {
@@ -75,7 +76,13 @@ struct alignas(16) PackedTile {
 template <int kBytes, int kRowBytes>
 __device__ __forceinline__ void copy_codes(uint32_t dst, const uint8_t* src) {
 #pragma unroll(kRowBytes / kBytes <= 8 ? kRowBytes / kBytes : 4)
-  for (int i = 0; i < kRowBytes; i += kBytes) ptx::cp_async<kBytes>(dst + i, src + i);
+  for (int i = 0; i < kRowBytes; i += kBytes) {
+    if constexpr (kBytes == 16) {
+      ptx::cp_async_once(dst + i, src + i);
+    } else {
+      ptx::cp_async<kBytes>(dst + i, src + i);
+    }
+  }
 }
 
 // Starts copying the codes and norms of a tile: of one token's K or V each.
