@@ -45,7 +45,7 @@ struct RingPosition {
 };
 
 // Where the share stands, in shared memory: the producer warp has few registers.
-struct ShareWalk {
+struct alignas(16) ShareWalk {
   SegmentWalker walker;
   int32_t first;               // sequence of tiles[0]
   TileRange tiles[kWarpSize];  // of the sequences from there on, each lane's its own
@@ -64,7 +64,7 @@ struct ShareWalk {
     const int64_t total =
         static_cast<int64_t>(__reduce_add_sync(kFullWarp, own)) * batch.num_chunks;
     const DecodeShare share = share_of(total, blockIdx.x, shares);
-    SegmentWalker start;
+    SegmentWalker start{};
     start.end = share.length;
     start.seq = batch.num_seqs;
     int window = 0, before = 0;  // cost of the sequences before the window
@@ -139,7 +139,7 @@ struct SegmentQueue {
 
   // By one lane for each position.  An mbarrier_fence_init follows.
   __device__ __forceinline__ void init(int at, int consumers) {
-    ptx::mbarrier_init(ptx::smem_address(&full[at]), 1);
+    ptx::mbarrier_init(ptx::smem_address(&full[at]), kWarpSize);
     ptx::mbarrier_init(ptx::smem_address(&empty[at]), consumers);
   }
 
@@ -154,9 +154,9 @@ struct SegmentQueue {
     }
     __syncwarp();  // the segment is described
     copy_words(segment, segments[at.stage]);
-    __syncwarp();  // it is copied, the position read
+    ptx::mbarrier_arrive(ptx::smem_address(&full[at.stage]));  // each lane for what it has written
+    __syncwarp();  // the position is read
     if (lane == 0) {
-      ptx::mbarrier_arrive(ptx::smem_address(&full[at.stage]));
       at.advance(1, kLength);
       position = at;
     }
