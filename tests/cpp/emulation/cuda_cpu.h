@@ -7,6 +7,7 @@
 // late and in any order, fragment layouts, rounding of inputs.  What is not: memory ordering,
 // timing, caches.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -69,8 +70,13 @@ struct Index {
 constexpr int kSharedBytes = 227 * 1024;
 constexpr uint32_t kSharedBase = 1024;  // addresses of shared memory start here, as on sm_90
 
+// The context starts a fiber; from then on it is left and entered by jumps, which unlike
+// swapcontext() save no signal masks, that is, make no system calls.  Compiled without
+// _FORTIFY_SOURCE, whose longjmp() refuses other stacks.
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool started = false;
   std::vector<uint8_t> stack;
   Index thread;
   bool done = true;
@@ -119,7 +125,9 @@ class Machine {
     return static_cast<uint32_t>(random >> 33);
   }
 
-  void yield() { swapcontext(&self().context, &scheduler_); }
+  void yield() {
+    if (_setjmp(self().place) == 0) _longjmp(scheduler_, 1);
+  }
 
   // Yields until `ready` holds.
   template <typename Ready>
@@ -172,11 +180,11 @@ class Machine {
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = *fibers_[i];
       fiber.thread = {i % columns, i / columns, 0};
-      fiber.done = false;
+      fiber.done = fiber.started = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &scheduler_;
+      fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Machine::enter), 0);
     }
     int alive = threads, idle_rounds = 0;
@@ -190,7 +198,7 @@ class Machine {
         for (int i = 32 * warp; i < std::min(threads, 32 * warp + 32); ++i) {
           if (fibers_[i]->done) continue;
           current_ = i;
-          swapcontext(&scheduler_, &fibers_[i]->context);
+          resume(*fibers_[i]);
           if (fibers_[i]->done) --alive;
         }
       }
@@ -206,11 +214,18 @@ class Machine {
  private:
   static constexpr size_t kStackBytes = 96 * 1024;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   int current_ = 0;
   const std::function<void()>* body_ = nullptr;
 
   static void enter();
+
+  __attribute__((noinline)) void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
 };
 
 inline Machine& machine() {
@@ -221,6 +236,7 @@ inline Machine& machine() {
 inline void Machine::enter() {
   (*machine().body_)();
   machine().self().done = true;
+  _longjmp(machine().scheduler_, 1);
 }
 
 // kernel<<<grid, dim3(columns, rows)>>>(args...)
