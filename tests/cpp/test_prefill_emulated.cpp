@@ -115,15 +115,13 @@ void launch_wgmma(tq4::AttentionParams p, int64_t limit_tiles) {
   std::memset(workspace, 0xff, storage.size() * 16);
   p.workspace = workspace;
   w.tiles = workspace + tiles;
+  emulation::launch(tq4::sm90::prepare_queries_kernel<D>, 3, Prepare::kThreads, p,
+                    workspace + buffers.queries, images, workspace + buffers.rotation,
+                    reinterpret_cast<int32_t*>(workspace + buffers.counters), w.num_passes);
   for (int pass = 0; pass < w.num_passes; ++pass) {
     // NaN: what no tile of this pass holds must not be used.
     std::memset(w.tiles, 0xff, w.capacity * Image::kBytes);
     emulation::launch(tq4::expand_tiles_kernel<Image>, 2, Image::kExpandThreads, p, w, pass);
-    if (pass == 0) {
-      emulation::launch(tq4::sm90::prepare_queries_kernel<D>, 3, Prepare::kThreads, p,
-                        workspace + buffers.queries, images, workspace + buffers.rotation,
-                        reinterpret_cast<int32_t*>(workspace + buffers.counters), w.num_passes);
-    }
     emulation::launch(tq4::sm90::wgmma_prefill_kernel<D>, std::min(images, 2), Config::kThreads, p,
                       w, buffers, pass);
   }
