@@ -51,6 +51,9 @@ struct PageView {
 };
 
 // rotate, quantise, pack new tokens and scatter them into pages.
+//
+// Rotations of store, compress and decode are matrices [D, D] or, where the flag beside them says so, [D]: the
+// signs s of a randomised Hadamard matrix R = H diag(s) / sqrt(D), D a power of two.
 struct StoreParams {
   const void* key;                                // [T, Hkv, D] dtype, last dim contiguous
   const void* value;                              // [T, Hkv, D] dtype
@@ -59,8 +62,9 @@ struct StoreParams {
   DType dtype;
   PageView cache;
   const int64_t* slot_mapping;  // [T] block * block_size + offset; negative = skip
-  const float* k_rotation;      // [D, D] row-major or null (already rotated)
-  const float* v_rotation;      // [D, D] or null
+  const float* k_rotation;      // [D, D] row-major, or signs, or null (already rotated)
+  const float* v_rotation;
+  bool k_signs, v_signs;        // whether they are signs [D]
   const float* k_centroids;     // [16] ascending
   const float* k_boundaries;    // [15]
   const float* v_centroids;     // [16]
@@ -94,7 +98,8 @@ struct CompressParams {
   const void* x;                          // [N, H, D] dtype, last dim contiguous
   int64_t x_token_stride, x_head_stride;  // elements
   DType dtype;
-  const float* rotation;    // [D, D] row-major or null
+  const float* rotation;    // [D, D] row-major, or signs, or null
+  bool signs;               // whether it is signs [D]
   const float* centroids;   // [16]
   const float* boundaries;  // [15]
   uint8_t* packed;          // [N, H, D/2] contiguous
@@ -134,6 +139,7 @@ struct AttentionParams {
   const int32_t* query_start_loc;  // [B + 1]; null (decode only) = one token a sequence
   const float* q_rotation;         // [D, D] row-major: q_rot = q @ R^T; null = q is rotated already
   const float* out_rotation;       // [D, D] row-major: out = O @ R; null = O stays rotated
+  bool q_signs, out_signs;         // whether they are signs [D]; decode only
   const float* k_centroids;        // [16] fp32 (exact mode)
   const int8_t* k_codes;           // [16] (INT8 mode)
   float k_code_scale;              // centroid ~= code * k_code_scale

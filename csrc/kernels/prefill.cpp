@@ -71,6 +71,9 @@ void launch_prefill(const AttentionParams& p, Stream stream) {
       16) {
     throw std::invalid_argument("q: expected rows that start at multiples of 16 bytes");
   }
+  if (p.q_signs || p.out_signs) {
+    throw std::invalid_argument("q_signs, out_signs: prefill takes rotations as matrices");
+  }
   const QuerySplit split = split_queries(p);
   const WorkspaceBytes bytes = workspace_bytes(split);
   if (std::max(bytes.decode, bytes.prefill) > 0 &&

@@ -49,8 +49,8 @@ AttentionParams attention_params(const DeviceScope& scope, const AttentionArgume
     p.max_query_len = 1;
   }
 
-  p.q_rotation = rotation(scope, a.q_rotation, "q_rotation", head_dim);
-  p.out_rotation = rotation(scope, a.out_rotation, "out_rotation", head_dim);
+  p.q_rotation = rotation(scope, a.q_rotation, "q_rotation", head_dim, p.q_signs);
+  p.out_rotation = rotation(scope, a.out_rotation, "out_rotation", head_dim, p.out_signs);
   p.k_centroids = float_table(scope, a.k_centroids, "k_centroids", kNumCentroids);
   p.v_centroids = float_table(scope, a.v_centroids, "v_centroids", kNumCentroids);
   check_tensor(scope, a.k_codes, "k_codes", ScalarType::Char, 1);

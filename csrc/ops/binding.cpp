@@ -137,6 +137,21 @@ const float* rotation(const DeviceScope& scope, const OptionalTensor& tensor, co
   return static_cast<const float*>(p);
 }
 
+const float* rotation(const DeviceScope& scope, const OptionalTensor& tensor, const char* name,
+                      int64_t head_dim, bool& signs) {
+  signs = tensor.has_value() && tensor->dim() == 1;
+  if (!signs) return rotation(scope, tensor, name, head_dim);
+  if ((head_dim & (head_dim - 1)) != 0) {
+    fail(name, "a matrix: there is no Hadamard rotation of this head_dim",
+         std::to_string(head_dim) + " signs");
+  }
+  const float* p = float_table(scope, *tensor, name, head_dim);
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
+    fail(name, "memory aligned to 16 bytes", "an unaligned view");
+  }
+  return p;
+}
+
 const int32_t* index_vector(const DeviceScope& scope, const Tensor& tensor, const char* name,
                             int64_t count) {
   check_tensor(scope, tensor, name, ScalarType::Int, 1);

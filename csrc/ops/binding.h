@@ -66,6 +66,9 @@ const float* float_table(const DeviceScope& scope, const Tensor& tensor, const c
 // fp32 [D, D], contiguous; null for none.
 const float* rotation(const DeviceScope& scope, const OptionalTensor& tensor, const char* name,
                       int64_t head_dim);
+// The same or, then `signs` is set, fp32 [D]: the signs of a Hadamard rotation.
+const float* rotation(const DeviceScope& scope, const OptionalTensor& tensor, const char* name,
+                      int64_t head_dim, bool& signs);
 // int32 [count], contiguous.
 const int32_t* index_vector(const DeviceScope& scope, const Tensor& tensor, const char* name,
                             int64_t count);

@@ -29,8 +29,8 @@ void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Te
   p.value_head_stride = value.stride(1);
   p.cache = page_view(scope, cache, heads, head_dim);
   p.slot_mapping = static_cast<const int64_t*>(data(slot_mapping));
-  p.k_rotation = rotation(scope, k_rotation, "k_rotation", head_dim);
-  p.v_rotation = rotation(scope, v_rotation, "v_rotation", head_dim);
+  p.k_rotation = rotation(scope, k_rotation, "k_rotation", head_dim, p.k_signs);
+  p.v_rotation = rotation(scope, v_rotation, "v_rotation", head_dim, p.v_signs);
   p.k_centroids = float_table(scope, k_centroids, "k_centroids", kNumCentroids);
   p.k_boundaries = float_table(scope, k_boundaries, "k_boundaries", kNumBoundaries);
   p.v_centroids = float_table(scope, v_centroids, "v_centroids", kNumCentroids);
@@ -57,7 +57,7 @@ void compress(const Tensor& x, const OptionalTensor& rotation_matrix, const Tens
   p.x = data(x);
   p.x_token_stride = x.stride(0);
   p.x_head_stride = x.stride(1);
-  p.rotation = rotation(scope, rotation_matrix, "rotation", head_dim);
+  p.rotation = rotation(scope, rotation_matrix, "rotation", head_dim, p.signs);
   p.centroids = float_table(scope, centroids, "centroids", kNumCentroids);
   p.boundaries = float_table(scope, boundaries, "boundaries", kNumBoundaries);
   p.packed = static_cast<uint8_t*>(mutable_data(packed));
