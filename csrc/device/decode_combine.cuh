@@ -35,7 +35,7 @@
 #include "../ptx/opaque.cuh"
 #include "../ptx/smem.cuh"
 #include "common.cuh"
-#include "decode_kernel.cuh"
+#include "decode_output.cuh"
 #include "decode_plan.h"
 #include "parameter_lines.cuh"
 
@@ -45,6 +45,8 @@ constexpr int kCombineWarps = 16;
 constexpr int kCombineThreads = kCombineWarps * kWarpSize;
 constexpr int kCombineRows = 16;  // of the MMA tile
 static_assert(kCombineRows == kCombineWarps, "every warp sums one row of the tile");
+template <int D>
+constexpr int kCombineBatch = D <= 128 ? 9 : 4;  // partials loaded at once; 16 x 9 >= the SMs of an H200
 
 template <int D>
 struct CombineConfig {
@@ -60,307 +62,19 @@ struct CombineConfig {
 
 // What the warps tell each other about their rows.
 struct CombineShared {
-  float m[kCombineRows], l[kCombineRows];  // of a warp's part
+  float2 stats[kCombineRows];       // (m, l) of a warp's part
   int64_t offset[kCombineRows];            // in out, elements; -1: no such row
   ParameterLines lines[kCombineWarps];
 };
 
-// A row of the output.
-struct CombineRow {
-  bool exists;
-  int surplus;  // query tokens of the sequence beyond max_query_len, reported by its last row
-  int64_t token;
-  int head;
-  int64_t unit;         // (sequence, chunk of KV heads)
-  int64_t row_of_unit;  // in rows of the partial arrays
-  float sink;           // log2 units
-};
-
-__device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const DecodePlan& plan,
-                                               const DecodeBatch& batch, int64_t row) {
-  CombineRow r{};
-  const int seq = static_cast<int>(plan.seq_divider.quotient(static_cast<uint32_t>(row)));
-  if (seq >= p.num_seqs) return r;
-  const uint32_t in_seq = static_cast<uint32_t>(row) - seq * plan.seq_divider.divisor;
-  const int query = static_cast<int>(plan.query_divider.quotient(in_seq));
-  r.head = static_cast<int>(in_seq) - query * p.num_q_heads;
-  const int num_queries = batch.num_queries(seq);
-  r.exists = query < num_queries;
-  if (!r.exists) return r;
-  r.token = batch.query_begin(seq) + query;
-  r.surplus = query == p.max_query_len - 1 ? num_queries - p.max_query_len : 0;
-  r.sink = p.sinks != nullptr ? p.sinks[r.head] * 1.4426950408889634f : 0.f;
-
-  const int kv_head = static_cast<int>(plan.group_divider.quotient(r.head));
-  const int chunk = static_cast<int>(plan.chunk_divider.quotient(kv_head));
-  r.unit = static_cast<int64_t>(seq) * plan.num_chunks + chunk;
-  r.row_of_unit = static_cast<int64_t>(kv_head - chunk * plan.heads_per_chunk) * plan.max_rows +
-                  query * plan.group + (r.head - kv_head * plan.group);
-  return r;
-}
-
-// Weights of up to 32 terms of a sum, lane i holding (m, l) of term i (m = kNoReference, l = 0:
-// there is none).
-struct TermWeights {
-  float m, l;    // of the sum
-  float weight;  // of the lane's term, in units of the sum's m
-
-  __device__ __forceinline__ static TermWeights make(float m, float l) {
-    TermWeights sum;
-    sum.m = m;
-#pragma unroll
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      sum.m = fmaxf(sum.m, __shfl_xor_sync(kFullWarp, sum.m, step));
-    }
-    sum.weight = ptx::exp2_approx(m - sum.m);
-    sum.l = l * sum.weight;
-#pragma unroll
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      sum.l += __shfl_xor_sync(kFullWarp, sum.l, step);
-    }
-    return sum;
-  }
-
-  __device__ __forceinline__ float of(int term) const {
-    return __shfl_sync(kFullWarp, weight, term);
-  }
-};
-
-// Neighbouring dimensions that a lane loads and stores at once.
+// To the warp's place in shared memory.
 template <int D>
-constexpr int kCombineVector = D % 128 == 0 ? 4
-                               : D == 64    ? 2
-                                            : 1;
-
-// Where a row's partial results lie: addresses of CTA 0's, though it may have none, and the bytes
-// to the next CTA's.  Worked out before the wait.
-template <int D>
-struct PartialTerms {
-  const uint8_t* stats;
-  const uint8_t* out;  // the lane's first dimension
-  uint32_t stats_pitch, out_pitch;
-  int log_parts;  // 2^log_parts warps share a row
-
-  __device__ __forceinline__ int parts() const { return 1 << log_parts; }
-  __device__ __forceinline__ uint32_t stats_step() const { return stats_pitch << log_parts; }
-  __device__ __forceinline__ uint32_t out_step() const { return out_pitch << log_parts; }
-
-  __device__ __forceinline__ static PartialTerms make(const AttentionParams& p,
-                                                      const DecodePlan& plan, const CombineRow& row,
-                                                      int log_parts) {
-    const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-    const uint32_t rows = plan.heads_per_chunk * plan.max_rows;
-    const int64_t first = row.unit * rows + row.row_of_unit;
-    const int lane = threadIdx.x % kWarpSize;
-    return {
-        workspace + ptx::opaque_offset(plan.partial_stats + first * 8),
-        workspace + ptx::opaque_offset(plan.partial_out + (first * D + lane * kCombineVector<D>)*4),
-        rows * 8, rows * D * 4, log_parts};
-  }
-};
-
-// A row, or a part of its sum: a lane holds kDims dimensions, kVector neighbours at a time.
-template <int D>
-struct RowSum {
-  static constexpr int kDims = D / kWarpSize;
-  static constexpr int kVector = kCombineVector<D>;
-  static constexpr int kBatch =
-      D <= 128 ? 9 : 4;  // partials loaded at once; 16 x 9 >= the SMs of an H200
-  struct alignas(4 * kVector) Vector {
-    float x[kVector];
-  };
-  float o[kDims];
-  float m, l;
-
-  __device__ __forceinline__ static int dim(int e) {
-    return (e / kVector * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize)) * kVector +
-           e % kVector;
-  }
-
-  __device__ __forceinline__ static Vector load(const float* row, int v) {
-    return *reinterpret_cast<const Vector*>(row + dim(v * kVector));
-  }
-
-  __device__ __forceinline__ void clear() {
-    m = kNoReference;
-    l = 0.f;
+__device__ __forceinline__ void put_sum(const RowSum<D>& sum, float* rows, CombineShared& shared) {
+  const int warp = threadIdx.x / kWarpSize;
+  float* row = rows + warp * CombineConfig<D>::kRowPitch;
 #pragma unroll
-    for (int e = 0; e < kDims; ++e) o[e] = 0.f;
-  }
-
-  // The partials of CTAs begin + part, begin + part + parts, ...  All loads of a batch are under
-  // way before the first is used; lane b has the stats of partial b.
-  __device__ __forceinline__ void add(const PartialTerms<D>& terms, CtaRange ctas, int part) {
-    const uint32_t lane = threadIdx.x % kWarpSize;
-    const uint32_t cta = ctas.begin + part;
-    const uint8_t* stats = terms.stats + uint64_t{cta} * terms.stats_pitch;
-    const uint8_t* out = terms.out + uint64_t{cta} * terms.out_pitch;
-    int left = (ctas.end - static_cast<int>(cta) + terms.parts() - 1) >> terms.log_parts;
-#pragma unroll 1
-    for (; left > 0; left -= kBatch) {
-      float2 stat = make_float2(kNoReference, 0.f);
-      if (lane < kBatch && static_cast<int>(lane) < left) {
-        stat = *reinterpret_cast<const float2*>(stats + uint64_t{lane} * terms.stats_step());
-      }
-      Vector value[kBatch][kDims / kVector];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const auto* from =
-            reinterpret_cast<const Vector*>(out + static_cast<uint64_t>(b) * terms.out_step());
-#pragma unroll
-        for (int v = 0; v < kDims / kVector; ++v) {
-          value[b][v] = {};
-          if (b < left) value[b][v] = from[v * kWarpSize];
-        }
-      }
-      // What has been summed so far is one more term.
-      if (lane == kBatch) stat = make_float2(m, l);
-      const TermWeights weights = TermWeights::make(stat.x, stat.y);
-      m = weights.m;
-      l = weights.l;
-      const float old = weights.of(kBatch);
-#pragma unroll
-      for (int e = 0; e < kDims; ++e) o[e] *= old;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const float weight = weights.of(b);
-#pragma unroll
-        for (int e = 0; e < kDims; ++e) o[e] += value[b][e / kVector].x[e % kVector] * weight;
-      }
-      stats += kBatch * uint64_t{terms.stats_step()};
-      out += kBatch * uint64_t{terms.out_step()};
-    }
-  }
-
-  __device__ __forceinline__ void scale(float factor) {
-    l *= factor;
-#pragma unroll
-    for (int e = 0; e < kDims; ++e) o[e] *= factor;
-  }
-
-  // To the warp's place in shared memory.
-  __device__ __forceinline__ void put(float* rows, CombineShared& shared) const {
-    const int warp = threadIdx.x / kWarpSize;
-#pragma unroll
-    for (int e = 0; e < kDims; ++e) rows[warp * CombineConfig<D>::kRowPitch + dim(e)] = o[e];
-    if (threadIdx.x % kWarpSize == 0) {
-      shared.m[warp] = m;
-      shared.l[warp] = l;
-    }
-  }
-
-  // The sum of what this warp and the `parts` - 1 after it have put there.
-  __device__ __forceinline__ void sum_parts(const float* rows, const CombineShared& shared,
-                                            int parts) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const bool exists = lane < parts;
-    const TermWeights weights = TermWeights::make(exists ? shared.m[warp + lane] : kNoReference,
-                                                  exists ? shared.l[warp + lane] : 0.f);
-    clear();
-    m = weights.m;
-    l = weights.l;
-    const float* row = rows + warp * CombineConfig<D>::kRowPitch;
-#pragma unroll 4
-    for (int i = 0; i < parts; ++i) {
-      const float weight = weights.of(i);
-#pragma unroll
-      for (int e = 0; e < kDims; ++e) o[e] += row[dim(e)] * weight;
-      row += CombineConfig<D>::kRowPitch;
-    }
-  }
-
-  // Sink, LSE, division by the denominator.
-  __device__ __forceinline__ void finish(const AttentionParams& p, const CombineRow& row) {
-    if (p.sinks != nullptr) {  // one more term of the denominator, with no value
-      const float top = fmaxf(m, row.sink);
-      scale(ptx::exp2_approx(m - top));
-      l += ptx::exp2_approx(row.sink - top);
-      m = top;
-    }
-    if (p.lse != nullptr && row.exists && threadIdx.x % kWarpSize == 0) {
-      p.lse[static_cast<int64_t>(row.head) * p.num_tokens + row.token] =
-          l == 0.f ? -INFINITY : (m + log2f(l)) * 0.6931471805599453f;
-    }
-    scale(l == 0.f ? 0.f : __frcp_rn(l));  // NaN goes through
-  }
-
-  // Times a Hadamard rotation c H diag(signs), whose row 0, c signs, is given.
-  __device__ __forceinline__ void transform(const Vector (&row0)[kDims / kVector]) {
-#pragma unroll
-    for (int step = 1; step < kDims; step *= 2) {
-#pragma unroll
-      for (int e = 0; e < kDims; ++e) {
-        if (e & step) continue;
-        const float sum = o[e] + o[e + step];
-        o[e + step] = o[e] - o[e + step];
-        o[e] = sum;
-      }
-    }
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const float sign = threadIdx.x & step ? -1.f : 1.f;
-#pragma unroll
-      for (int e = 0; e < kDims; ++e) {
-        o[e] = fmaf(sign, o[e], __shfl_xor_sync(kFullWarp, o[e], step));
-      }
-    }
-#pragma unroll
-    for (int v = 0; v < kDims / kVector; ++v) {
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) o[v * kVector + e] *= row0[v].x[e];
-    }
-  }
-
-  __device__ __forceinline__ void store(const AttentionParams& p, int64_t offset,
-                                        bool aligned) const {
-    const auto pack = [&](float x, float y) {
-      return p.dtype == DType::kBFloat16 ? ptx::pack_bf16x2(x, y) : ptx::pack_f16x2(x, y);
-    };
-#pragma unroll
-    for (int v = 0; v < kDims; v += kVector) {
-      uint16_t* dst = static_cast<uint16_t*>(p.out) + offset + dim(v);
-      if constexpr (kVector == 1) {
-        *dst = static_cast<uint16_t>(pack(o[v], 0.f));
-      } else {
-        uint32_t words[kVector / 2];
-#pragma unroll
-        for (int w = 0; w < kVector / 2; ++w) words[w] = pack(o[v + 2 * w], o[v + 2 * w + 1]);
-        if (aligned && kVector == 4) {
-          *reinterpret_cast<uint2*>(dst) = make_uint2(words[0], words[kVector / 2 - 1]);
-        } else if (aligned) {
-          *reinterpret_cast<uint32_t*>(dst) = words[0];
-        } else {
-#pragma unroll
-          for (int e = 0; e < kVector; ++e) {
-            dst[e] = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
-          }
-        }
-      }
-    }
-  }
-
-  // Whether rows of out start at multiples of what store() writes at once.
-  __device__ __forceinline__ static bool is_aligned(const AttentionParams& p) {
-    const uint64_t bits = reinterpret_cast<uintptr_t>(p.out) |
-                          static_cast<uint64_t>(p.out_token_stride * 2) |
-                          static_cast<uint64_t>(p.out_head_stride * 2);
-    return bits % (2 * kVector) == 0;
-  }
-};
-
-// max_query_len is a promise that only the device can check: what breaks it becomes NaN, not
-// whatever the output held before.  By the warp of the sequence's last row.
-template <int D>
-__device__ __forceinline__ void write_surplus(const AttentionParams& p, const CombineRow& row) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (int64_t token = row.token + 1; token <= row.token + row.surplus; ++token) {
-    auto* lost =
-        static_cast<uint16_t*>(p.out) + token * p.out_token_stride + row.head * p.out_head_stride;
-    for (int d = lane; d < D; d += kWarpSize) lost[d] = 0x7fff;  // in fp16 and in bf16
-    if (lane == 0 && p.lse != nullptr) {
-      p.lse[static_cast<int64_t>(row.head) * p.num_tokens + token] = NAN;
-    }
-  }
+  for (int e = 0; e < RowSum<D>::kDims; ++e) row[RowSum<D>::dim(e)] = sum.o[e];
+  if (threadIdx.x % kWarpSize == 0) shared.stats[warp] = make_float2(sum.m, sum.l);
 }
 
 // R to shared memory, where it fits.
@@ -471,23 +185,25 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   // What comes from outside is loaded before the wait, what the kernels before have found out all
   // at once after it: one load after the other costs half a microsecond each.
   typename Sum::Vector row0[Sum::kDims / Sum::kVector] = {};
-  bool dense = p.out_rotation != nullptr;
+  bool dense = p.out_rotation != nullptr && !p.out_signs;
   float corner = 0.f;
-  if (Config::kMayBeHadamard && dense) {
+  if (p.out_signs) {
+    Sum::load_signs(p.out_rotation, row0);
+  } else if (Config::kMayBeHadamard && dense) {
 #pragma unroll
     for (int v = 0; v < Sum::kDims / Sum::kVector; ++v) row0[v] = Sum::load(p.out_rotation, v);
     corner = fabsf(p.out_rotation[0]);
   }
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-  const auto range_of = [&](const CombineRow& r) {
-    return reinterpret_cast<const CtaRange*>(
-        workspace + ptx::opaque_offset(plan.unit_ctas + r.unit * int64_t{sizeof(CtaRange)}));
+  const auto* progress = reinterpret_cast<const UnitProgress*>(
+      workspace + ptx::opaque_offset(plan.unit_progress));
+  const auto ctas_of = [&](const CombineRow& r) {
+    return r.exists ? progress[r.unit].ctas() : CtaRange{0, 0};
   };
-  const CtaRange* range = range_of(row);
   PartialTerms<D> terms = PartialTerms<D>::make(p, plan, row, log_parts);
   lines.keep(tile_rows.lines);
   ptx::wait_for_predecessor();  // every partial result is written
-  CtaRange ctas = row.exists ? *range : CtaRange{0, 0};
+  CtaRange ctas = ctas_of(row);
   if (Config::kMayBeHadamard && dense) {
     dense = *reinterpret_cast<const int32_t*>(workspace + plan.dense_rotation) != 0 ||
             !(corner > 0.f && corner < INFINITY);
@@ -497,13 +213,17 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   while (true) {
     Sum sum;
     sum.clear();
-    sum.add(terms, ctas, part);
+    sum.template add<kCombineBatch<D>>(terms, ctas, part);
     if (dense && !fetched) fetch_rotation<D>(p, shared);
     fetched = true;
     if (parts > 1) {
-      sum.put(rows, tile_rows);
+      put_sum(sum, rows, tile_rows);
       __syncthreads();  // the parts are there
-      if (leads) sum.sum_parts(rows, tile_rows, parts);
+      if (leads) {
+        sum.sum_terms(
+            parts, [&](int i) { return tile_rows.stats[warp + i]; },
+            [&](int i, int v) { return Sum::load(rows + (warp + i) * Config::kRowPitch, v); });
+      }
     }
     if (leads) {
       sum.finish(p, row);
@@ -513,7 +233,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
         row.exists ? row.token * p.out_token_stride + row.head * p.out_head_stride : -1;
     if (dense) {
       __syncwarp();  // the warp's part has been read
-      if (leads) sum.put(rows, tile_rows);
+      if (leads) put_sum(sum, rows, tile_rows);
       if (threadIdx.x % kWarpSize == 0) tile_rows.offset[warp] = offset;
       ptx::cp_async_wait<0>();
       __syncthreads();  // the rows, and R, are complete
@@ -526,8 +246,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     if (first >= num_rows) break;
     if (parts > 1 || dense) __syncthreads();  // the rows have been read
     row = find_row(p, plan, batch, first + (warp >> log_parts));
-    range = range_of(row);
-    ctas = row.exists ? *range : CtaRange{0, 0};
+    ctas = ctas_of(row);
     terms = PartialTerms<D>::make(p, plan, row, log_parts);
   }
 }

@@ -5,6 +5,8 @@
 //   decode_kernel    partial softmax(S) V' over this CTA's share of the keys  -> workspace
 //   decode_combine   sum of the partials, sink, LSE, out = O R
 //
+// The first and the last come in two forms, for dense rotations and for light ones (decode_light.cuh).
+//
 // One CTA an SM takes an equal share of the batch's keys (decode_schedule.h) and all KV heads of a
 // tile of 16 tokens at once, so that a page is copied whole: one run of Hkv * 16 * (D + 8) bytes.
 //
@@ -30,8 +32,10 @@
 
 #include "../params.h"
 #include "../ptx/dynamic_smem.cuh"
+#include "../ptx/global_counter.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/opaque.cuh"
 #include "../ptx/register_pool.cuh"
 #include "decode_key_codes.cuh"
 #include "decode_merge.cuh"
@@ -40,6 +44,7 @@
 #include "decode_share.cuh"
 #include "decode_step.cuh"
 #include "decode_table.cuh"
+#include "decode_tile.cuh"
 #include "parameter_lines.cuh"
 #include "pinned.cuh"
 #include "rotation_fragments.cuh"
@@ -50,7 +55,7 @@ namespace tq4 {
 constexpr uint32_t kTableBarrier = 2;  // of all consumer warps: the tables are written
 constexpr uint32_t kStartBarrier = 3;  // consumers -> producer: barriers (and pieces) are there
 
-// [1/5] The producer warp: finds the CTA's share (decode_share.cuh), and for each tile of it the
+// [1/4] The producer warp: finds the CTA's share (decode_share.cuh), and for each tile of it the
 // page id (read 32 tiles at a time, one batch ahead), a free stage, the copy.  It shares its
 // scheduler with the consumers, so its instructions a tile bound the rate at which tiles arrive; and
 // at the start nothing but the barriers' initialisation holds up the first copies.
@@ -107,7 +112,7 @@ template <int D>
 __device__ __forceinline__ void check_output_rotation(const AttentionParams& p,
                                                       const DecodePlan& plan) {
   constexpr int kQuads = D / 4;  // float4 in a row
-  if ((D & (D - 1)) != 0 || p.out_rotation == nullptr) return;
+  if ((D & (D - 1)) != 0 || p.out_rotation == nullptr || p.out_signs) return;
   const auto* quads = reinterpret_cast<const uint4*>(p.out_rotation);
   const uint32_t corner = quads[0].x & kMagnitudeBits;
   uint32_t difference = 0;
@@ -124,7 +129,7 @@ __device__ __forceinline__ void check_output_rotation(const AttentionParams& p,
   }
 }
 
-// [2/5] The lane's rows of one segment: quantised q and scales.  Rows past the last repeat it;
+// [2/4] The lane's rows of one segment: quantised q and scales.  Rows past the last repeat it;
 // nobody reads their results.
 template <typename Config>
 __device__ __forceinline__ void load_rows(const AttentionParams& p, const DecodePlan& plan,
@@ -163,79 +168,7 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
   }
 }
 
-// Keys of the tile that the lane's row 8 i + g may not see, bit 4 i + column.
-template <typename Config>
-__device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, const DecodePlan& plan,
-                                                   const DecodeSegment& segment, int first_row,
-                                                   int tile) {
-  const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
-  uint32_t hidden = 0;
-#pragma unroll
-  for (int i = 0; i < Config::kOctets; ++i) {
-    const int query = (first_row + 8 * i + g) / plan.group;
-    const int position = segment.num_keys - segment.num_queries + query;
-    const int64_t end = static_cast<int64_t>(position) + window_or_max(p.window_right) + 1;
-    const int first_key = position - window_or_max(p.window_left);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int key = tile * kTileTokens + plan.token_map.token(c / 2, 2 * t + c % 2);
-      if (key < first_key || key >= end || key >= segment.num_keys) hidden |= 1u << (4 * i + c);
-    }
-  }
-  return hidden;
-}
-
-// [3/5] One tile.  The stage is given back as soon as its last bytes are in registers.
-template <typename Config, typename Hidden>
-__device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage, uint32_t empty,
-                                             uint32_t lane_table, const LaneOffsets& at,
-                                             const KeyCodes<Config>& key_codes,
-                                             const DecodeRows<Config>& rows, float cap_log2e,
-                                             Hidden&& hidden_of_tile, DecodeState<Config>& state) {
-  float s[Config::kOctets][4];
-  compute_scores<Config>(stage + at.key, plan.code_step, lane_table, key_codes, rows,
-                         plan.query_residual - plan.query_codes, s);
-
-  float key_norm[4], value_norm[4];
-  const int value_norms = plan.copy.stage.v_norms - plan.copy.stage.k_norms;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {  // column 2 t + c % 2 of n-tile c / 2
-    const uint32_t norm = stage + at.norm[c % 2] + c / 2 * plan.norm_step;
-    key_norm[c] = ptx::ld_shared_f32(norm);
-    value_norm[c] = ptx::ld_shared_f32(norm + value_norms);
-  }
-  uint32_t words[4][Config::Map::kValueWords];
-  const auto load_values = [&] {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      load_value_words<Config::D, Config::kWide>(
-          stage + at.value[c % 2] + c / 2 * plan.code_step, words[c]);
-    }
-    __syncwarp();  // all lanes have read the stage
-    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty);
-  };
-  if (Config::kWordsAhead > 0) load_values();
-  uint32_t ahead[4 * Config::kWordsAhead + 1][4];
-  expand_values<Config>(lane_table, words, 0, Config::kWordsAhead,
-                        [&](int tile, const uint32_t (&a)[4]) {
-#pragma unroll
-                          for (int i = 0; i < 4; ++i) ahead[tile][i] = a[i];
-                        });
-  uint32_t weights[Config::kOctets][2];
-  update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state,
-                         weights);
-  if (Config::kWordsAhead == 0) load_values();
-#pragma unroll
-  for (int tile = 0; tile < 4 * Config::kWordsAhead; ++tile) {
-    accumulate_tile<Config>(ahead[tile], tile, weights, state);
-  }
-  expand_values<Config>(lane_table, words, Config::kWordsAhead, Config::Map::kValueWords,
-                        [&](int tile, const uint32_t (&a)[4]) {
-                          accumulate_tile<Config>(a, tile, weights, state);
-                        });
-}
-
-// [4/5] One segment: its tiles, team by team.
+// [3/4] One segment: its tiles, team by team.
 template <typename Config>
 __device__ __forceinline__ void consume_segment(const AttentionParams& p, const DecodePlan& plan,
                                                 const WarpScratch& scratch, uint32_t lane_table,
@@ -268,21 +201,20 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   DecodeRows<Config> rows;
   load_rows<Config>(p, plan, segment, place, rows);
   const float cap_log2e = p.softcap * 1.4426950408889634f;
-  // Tiles [full_begin, full_end) are seen whole by every row: no mask.
-  const int first_position = segment.num_keys - segment.num_queries;
-  const int64_t end = static_cast<int64_t>(first_position) + window_or_max(p.window_right) + 1;
-  const int full_end =
-      static_cast<int>(max(int64_t{0}, min(end, int64_t{segment.num_keys}))) / kTileTokens;
-  const int full_begin =
-      ceil_div(max(0, segment.num_keys - 1 - window_or_max(p.window_left)), kTileTokens);
+  const auto unmasked = UnmaskedTiles::make(p, segment);
 #pragma unroll 1
   while (tile < tile_end) {
     ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);  // the tile has landed
+    const uint32_t its_empty = empty + 8 * ring.stage;
     consume_tile<Config>(
-        plan, stages + ring.stage * plan.copy.stage_bytes, empty + 8 * ring.stage, lane_table, at,
-        key_codes, rows, cap_log2e,
+        plan, stages + ring.stage * plan.copy.stage_bytes,
+        [its_empty] {
+          __syncwarp();  // all lanes have read the stage
+          if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(its_empty);
+        },
+        lane_table, at, key_codes, rows, cap_log2e,
         [&]() -> uint32_t {
-          if (tile >= full_begin && tile < full_end) return 0;
+          if (unmasked.has(tile)) return 0;
           return hidden_columns<Config>(p, plan, reload(scratch.segment),
                                         reload(scratch.place.first_row), tile);
         },
@@ -291,7 +223,24 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   }
 }
 
-// [5/5] The teams' results become one, which goes to the workspace.
+// Tells the kernel that combines that this warp's part of the unit is there.
+__device__ __forceinline__ void report_progress(const AttentionParams& p, const DecodePlan& plan,
+                                                const WarpScratch& scratch) {
+  __syncwarp();  // all lanes have written their parts
+  if (threadIdx.x % kWarpSize != 0 || reload(scratch.place.team) != 0) return;
+  const DecodeSegment segment = reload(scratch.segment);
+  const bool leads = reload(scratch.place.slot) == 0;
+  const auto progress = UnitProgress::of(segment.tile_end - segment.tile_begin,
+                                         leads && segment.begins_unit ? blockIdx.x : 0,
+                                         leads && segment.ends_unit ? blockIdx.x + 1 : 0);
+  const int64_t unit = static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk;
+  // Opaque: not an address kept in registers through the tile loop.
+  auto* counter = static_cast<uint8_t*>(p.workspace) +
+                  ptx::opaque_offset(plan.unit_progress + unit * int64_t{sizeof(uint64_t)});
+  ptx::add_release(reinterpret_cast<uint64_t*>(counter), progress.word);
+}
+
+// [4/4] The teams' results become one, which goes to the workspace.
 template <typename Config>
 __device__ __forceinline__ void finish_segment(const AttentionParams& p, const DecodePlan& plan,
                                                WarpScratch& scratch, uint32_t exchange,
@@ -306,15 +255,10 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
         ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.max_rows + place.first_row;
     auto* workspace = static_cast<uint8_t*>(p.workspace);
     write_partial<Config>(reinterpret_cast<float2*>(workspace + plan.partial_stats),
-                          reinterpret_cast<float*>(workspace + plan.partial_out), first, count,
-                          place.value_unit, state);
+                          reinterpret_cast<float*>(workspace + plan.partial_out), Config::D, first,
+                          count, place.value_unit, state);
   }
-  if (place.team == 0 && place.slot == 0 && threadIdx.x % kWarpSize == 0) {
-    auto* range = reinterpret_cast<CtaRange*>(static_cast<uint8_t*>(p.workspace) + plan.unit_ctas) +
-                  (static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk);
-    if (segment.begins_unit) range->begin = blockIdx.x;
-    if (segment.ends_unit) range->end = blockIdx.x + 1;
-  }
+  report_progress(p, plan, scratch);
   RingPosition ring = reload(scratch.ring);
   ring.advance((segment.tile_end - segment.tile_begin) % (2 * plan.num_stages), plan.num_stages);
   __syncwarp();  // all lanes have read the old position
@@ -365,7 +309,9 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   }
   const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
   bool found = shared.queue.pop(scratch.segment, scratch.queue);
-  ptx::wait_for_predecessor();  // decode_prepare has written q
+  ptx::wait_for_predecessor();  // decode_prepare has written q and cleared the counters
+  // Not earlier: the kernel that combines may look at the counters at once.
+  if (threadIdx.x == 0) ptx::allow_dependent_launch();
   for (; found; found = shared.queue.pop(scratch.segment, scratch.queue)) {
     DecodeState<Config> state;
     consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes, state);
@@ -406,7 +352,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<DecodeShared*>(bytes + decode_shared_offset(Config::kMode));
   const uint32_t smem = ptx::smem_address(bytes);
   const int warp = threadIdx.x / kWarpSize;
-  ptx::allow_dependent_launch();
 
   if (warp >= Config::kWarps) {
     if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();

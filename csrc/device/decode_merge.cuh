@@ -105,11 +105,12 @@ __device__ __forceinline__ void merge_teams(const TeamPlace& place, DecodeState<
   for (; half > 0; half /= 2) merge_round<Config>(place, half, state);
 }
 
-// One warp's rows to the workspace: (m, l) by row, O by row and dimension.  `first` is the index of
-// (partial, head of the chunk, row 0 of the warp), `count` the rows of the warp that exist.
+// One warp's rows: (m, l) by row, O by row and dimension, rows `pitch` floats apart.  `first` is the
+// index of row 0 of the warp, `count` the rows of the warp that exist.
 template <typename Config>
-__device__ __forceinline__ void write_partial(float2* stats, float* out, int64_t first, int count,
-                                              float value_unit, const DecodeState<Config>& state) {
+__device__ __forceinline__ void write_partial(float2* stats, float* out, int pitch, int64_t first,
+                                              int count, float value_unit,
+                                              const DecodeState<Config>& state) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
@@ -121,7 +122,7 @@ __device__ __forceinline__ void write_partial(float2* stats, float* out, int64_t
     for (int b = 0; b < 2; ++b) {
       const int row = 8 * i + 2 * t + b;
       if (row >= count) continue;
-      float* dst = out + (first + row) * Config::D;
+      float* dst = out + (first + row) * pitch;
 #pragma unroll
       for (int m = 0; m < Config::Map::kValueTiles; m += 2) {
         *reinterpret_cast<float4*>(dst + Config::Map::value_dim(g, m)) =

@@ -12,6 +12,7 @@
 #include "../params.h"
 #include "decode_map.h"
 #include "decode_schedule.h"
+#include "page_copy.h"
 
 namespace tq4 {
 
@@ -64,6 +65,22 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
   return 8 * decode_octets(mode) * decode_warps(head_dim, mode, false);
 }
 
+// Decode of short contexts by clusters (decode_cluster.cuh).
+constexpr int kClusterSize = 8;  // CTAs: the most that every device with clusters takes
+constexpr int kClusterWarps = 16, kClusterStages = 4;
+// Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
+// read.
+constexpr int64_t kClusterMostKeys = 16384;
+// A tile of one KV head: K codes, V codes, K norms, V norms.
+constexpr int cluster_tile_bytes(int head_dim) { return kTileTokens * (head_dim + 8); }
+
+// The small kernels for rotations by butterflies (decode_light.cuh).  What a CTA of the main kernel
+// leaves free on its SM is enough for one of theirs: 64 threads of 64 registers, and shared memory.
+constexpr int kLightWarps = 2, kLightThreads = kLightWarps * kWarpSize, kLightRegisters = 64;
+constexpr int kLightSmemBytes = 2560;
+// Beyond so many partial results a row, several warps for each are faster.
+constexpr int kLightMostPartials = 40;
+
 constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel takes at once
 
 constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
@@ -91,6 +108,13 @@ inline int decode_smem_limit(int arch) {
   return 99 * 1024;
 }
 
+// CTAs of the light prepare kernel: a warp for each row, until there is a CTA on every SM; then up to
+// 16 rows a warp; then more CTAs.
+inline int64_t light_prepare_grid(int64_t rows, int num_sms) {
+  const int64_t each = ceil_div<int64_t>(rows, kLightWarps);
+  return std::min(each, std::clamp<int64_t>(ceil_div<int64_t>(each, 16), num_sms, 16 * num_sms));
+}
+
 // What the kernels get besides AttentionParams.
 struct DecodePlan {
   TileCopy copy;
@@ -99,9 +123,12 @@ struct DecodePlan {
   int32_t group;                 // query heads of a KV head
   int32_t max_rows;              // query rows of a KV head: group * max_query_len
   DecodeMode mode;
+  int32_t cluster;     // CTAs that share a (sequence, KV head); 0: the three kernels
   bool bulk;           // bulk copies; else cp.async
   bool wide;           // stage rows are aligned for vector loads
   bool overlapped;     // launches may overlap; set by launch_decode
+  // Whether the small kernels are those of decode_light.cuh.
+  bool light_prepare, light_combine;
   int32_t row_groups;  // warps that share a (KV head, tile)
   int32_t heads_per_chunk, num_chunks;
   int32_t slots;  // warps of a team: heads_per_chunk * row_groups
@@ -127,7 +154,7 @@ struct DecodePlan {
   int64_t query_residual;  // the same of what rounding left; one octet only
   int64_t query_scale;     // fp32 [query_rows]: log2 units of one unit of norm * (q . k)
   int64_t dense_rotation;  // int32: not 0 if out_rotation is no Hadamard matrix
-  int64_t unit_ctas;       // CtaRange [B, num_chunks]
+  int64_t unit_progress;   // UnitProgress [B, num_chunks]
   int64_t partial_stats;   // float2 {m, l} [partials, heads_per_chunk, max_rows]
   int64_t partial_out;     // fp32 [partials, heads_per_chunk, max_rows, D]
   int64_t workspace_bytes;
@@ -371,12 +398,17 @@ inline void require(bool condition, const std::string& message) {
 
 namespace detail {
 
+// Whether a row is rotated by butterflies, or not at all.
+inline bool is_light(int head_dim, const float* rotation, bool signs) {
+  return (head_dim & (head_dim - 1)) == 0 && (rotation == nullptr || signs);
+}
+
 // Fills in what depends on the pipeline; false when the cache cannot be read that way.
 inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   const PageView& view = p.cache;
   plan.mode = decode_mode(view.head_dim, plan.max_rows, p.int8, bulk);
   const int octets = decode_octets(plan.mode);
-  const int limit = decode_smem_limit(p.arch);
+  const int limit = decode_smem_limit(p.arch) - (bulk ? kLightSmemBytes : 0);
   plan.bulk = bulk;
   plan.warps = decode_warps(view.head_dim, plan.mode, bulk);
   plan.row_groups = ceil_div(plan.max_rows, 8 * octets);
@@ -411,6 +443,41 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   plan.bulk_batch = plan.copy.num_pieces() == 1 && plan.num_stages >= 32 ? plan.num_stages / 8 : 1;
   plan.whole_tiles = plan.bulk_batch == 1 && plan.copy.num_pieces() == 1;
   return plan.num_stages >= 2;
+}
+
+}  // namespace detail
+
+namespace detail {
+
+
+// Whether clusters of CTAs are the fastest way.  A matter of shapes: lengths are not known here, but
+// for the most that the block table has room for.
+inline bool takes_clusters(const AttentionParams& p, const DecodePlan& plan) {
+  const int head_dim = p.cache.head_dim;
+  int64_t most_keys = int64_t{p.max_blocks} * p.cache.block_size;
+  if (p.window_left >= 0) {
+    most_keys = std::min<int64_t>(most_keys, int64_t{p.window_left} + p.max_query_len);
+  }
+  return p.arch == 90 && p.path != Path::kPortable && p.int8 &&
+         (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 &&
+         plan.light_prepare && is_light(head_dim, p.out_rotation, p.out_signs) &&
+         int64_t{p.num_seqs} * p.cache.num_kv_heads * kClusterSize <= p.num_sms &&
+         most_keys <= kClusterMostKeys;
+}
+
+inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
+  const int head_dim = p.cache.head_dim;
+  plan.cluster = kClusterSize;
+  plan.mode = DecodeMode::kInt8Rows8;
+  plan.heads_per_chunk = p.cache.num_kv_heads;
+  plan.num_chunks = 1;
+  plan.copy.width = copy_width(p.cache);
+  StageView& stage = plan.copy.stage;
+  stage.v_codes = kTileTokens * head_dim / 2;
+  stage.k_norms = 2 * stage.v_codes;
+  stage.v_norms = stage.k_norms + 4 * kTileTokens;
+  stage.code_token_stride = head_dim / 2;
+  stage.norm_token_stride = 4;
 }
 
 }  // namespace detail
@@ -450,16 +517,25 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
                                              : static_cast<int64_t>(p.num_tokens));
   require(plan.query_rows < INT32_MAX - kPrepareRows * p.num_sms,
           "q: too many query tokens and heads for one call");
+  plan.light_prepare = detail::is_light(view.head_dim, p.q_rotation, p.q_signs);
   const int64_t prepare_blocks = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
   // Up to two blocks a CTA leave half of the SMs to CTAs of the main kernel, which fetch their first
   // tiles meanwhile.
   const int64_t half = std::max(1, p.num_sms / 2);
   plan.prepare_grid = static_cast<int32_t>(
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
-  plan.grid = p.num_sms - (prepare_blocks <= p.num_sms / 32 ? plan.prepare_grid : 0);
+  plan.grid = p.num_sms;
+  if (plan.light_prepare) {
+    plan.prepare_grid = static_cast<int32_t>(light_prepare_grid(plan.query_rows, p.num_sms));
+  } else if (prepare_blocks <= p.num_sms / 32) {
+    plan.grid -= plan.prepare_grid;
+  }
+  require(plan.grid <= kMostDecodeCtas, "num_sms: expected at most 65535");
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable;
-  if (!wants_bulk || !detail::plan_tiles(p, true, plan)) {
+  if (has_bulk && detail::takes_clusters(p, plan)) {
+    detail::plan_clusters(p, plan);
+  } else if (!wants_bulk || !detail::plan_tiles(p, true, plan)) {
     require(detail::plan_tiles(p, false, plan),
             "head_dim: a tile does not fit in this device's shared memory");
   }
@@ -467,12 +543,6 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.token_map = choose_token_map(view.head_dim, plan.copy.stage);
   plan.code_step = plan.token_map.step() * plan.copy.stage.code_token_stride;
   plan.norm_step = plan.token_map.step() * plan.copy.stage.norm_token_stride;
-  // A unit costs a CTA about what 96 KB of keys do, beside its tiles.
-  plan.segment_cost = 1 + 98304 / plan.copy.stage_bytes;
-  // So does waiting for a CTA of the prepare kernel to leave; the last CTAs do.
-  const bool waits = plan.bulk && plan.grid == p.num_sms && plan.prepare_grid < plan.grid;
-  const int late_ctas = waits ? plan.prepare_grid : 0;
-  plan.shares = {Divider::make(plan.grid), plan.grid - late_ctas, plan.segment_cost};
 
   const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
   require(rows_per_seq * p.num_seqs <= INT32_MAX,
@@ -481,6 +551,19 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.query_divider = Divider::make(static_cast<uint32_t>(p.num_q_heads));
   plan.group_divider = Divider::make(static_cast<uint32_t>(plan.group));
   plan.chunk_divider = Divider::make(static_cast<uint32_t>(plan.heads_per_chunk));
+  if (plan.cluster > 0) return plan;
+
+  // A unit costs a CTA about what 96 KB of keys do, beside its tiles.
+  plan.segment_cost = 1 + 98304 / plan.copy.stage_bytes;
+  // So does waiting for a CTA of the prepare kernel to leave; the last CTAs do.
+  const bool waits = plan.bulk && !plan.light_prepare && plan.grid == p.num_sms &&
+                     plan.prepare_grid < plan.grid;
+  const int late_ctas = waits ? plan.prepare_grid : 0;
+  plan.shares = {Divider::make(plan.grid), plan.grid - late_ctas, plan.segment_cost};
+
+  plan.light_combine =
+      detail::is_light(view.head_dim, p.out_rotation, p.out_signs) &&
+      plan.grid <= int64_t{kLightMostPartials} * p.num_seqs * plan.num_chunks;
 
   const int64_t rows = plan.query_rows;
   const int64_t partials =
@@ -498,7 +581,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
       take(decode_octets(plan.mode) == 1 ? rows * view.head_dim * query_bytes : 0);
   plan.query_scale = take(rows * 4);
   plan.dense_rotation = take(4);
-  plan.unit_ctas = take(static_cast<int64_t>(p.num_seqs) * plan.num_chunks * sizeof(CtaRange));
+  plan.unit_progress =
+      take(static_cast<int64_t>(p.num_seqs) * plan.num_chunks * sizeof(UnitProgress));
   plan.partial_stats = take(partial_rows * 8);
   plan.partial_out = take(partial_rows * view.head_dim * 4);
   plan.workspace_bytes = at;

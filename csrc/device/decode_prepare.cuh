@@ -1,9 +1,7 @@
 // First kernel of decode: rotated and quantised queries in the workspace.
 //
 //   q_rot = q R^T           TF32 tensor cores, R as a sum of two TF32 values: fp32-accurate
-//   INT8   q_rot / s = q8 + r8 / 256      s = max|q_rot| / 127 of the row
-//   fp16   q_rot / s = q16 + r16          s = the power of two that brings it into fp16's range
-//   scale = s * sm_scale * log2 e * k_code_scale, or / softcap instead of * log2 e
+// and then to codes (decode_query.cuh).
 //
 // A CTA takes blocks of 16 rows (token, head), one MMA tile high.  Warp w computes dims 8 w .. 8 w
 // + 7 of the product (D = 256: and 128 more); the warps meet once a block for the rows' maxima.
@@ -20,11 +18,10 @@
 #include "../ptx/arith.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_tf32.cuh"
-#include "../ptx/prefetch.cuh"
 #include "common.cuh"
 #include "decode_plan.h"
+#include "decode_query.cuh"
 #include "parameter_lines.cuh"
-#include "query_recipe.cuh"
 #include "rotate.cuh"
 
 namespace tq4 {
@@ -39,17 +36,6 @@ struct PrepareConfig {
   static constexpr int kRowPitch = D + 16;
   static_assert(kPieces * kThreads * 4 == kPrepareRows * D, "the pieces come out even");
 };
-
-// The token whose queries lie at place `place` of the workspace (DecodePlan::query_rows), -1 for a
-// place that is not used.
-__device__ __forceinline__ int query_token(const AttentionParams& p, const DecodeBatch& batch,
-                                           int place) {
-  if (p.short_query_len == 0) return place;
-  const uint32_t most = p.short_query_len;  // split_queries sees to it that 32 bits suffice
-  const int seq = static_cast<int>(static_cast<uint32_t>(place) / most);
-  const int query = static_cast<int>(static_cast<uint32_t>(place) - seq * most);
-  return query < batch.num_queries(seq) ? batch.query_begin(seq) + query : -1;
-}
 
 // The first block of rows from `first` on, `step` apart, that has something to rotate; the same for
 // all threads.
@@ -154,70 +140,6 @@ __device__ __forceinline__ void rotate_rows(const uint16_t* rows, const Rotation
   for (int i = 0; i < 4; ++i) c[i] = (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
 }
 
-// Dims `at`, `at` + 1 of one row: codes, residuals.
-template <int D>
-__device__ __forceinline__ void write_query(const AttentionParams& p, const DecodePlan& plan,
-                                            int64_t at, float largest, float x, float y) {
-  auto* codes = static_cast<uint8_t*>(p.workspace) + plan.query_codes;
-  auto* residuals = static_cast<uint8_t*>(p.workspace) + plan.query_residual;
-  if (has_int8_query(plan.mode)) {
-    const float unit = query_unit(largest);
-    const float inverse = query_inverse(largest, unit);
-    const float v[2] = {x, y};
-    uint32_t code = 0, rest = 0;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float quotient = query_quotient(v[e], unit, inverse);
-      const int rounded = max(-127, min(127, __float2int_rn(quotient)));
-      const int left = max(-127, min(127, __float2int_rn((quotient - rounded) * 256.f)));
-      const int shift = 8 * swapped_dim(e);
-      code |= static_cast<uint32_t>(rounded & 0xff) << shift;
-      rest |= static_cast<uint32_t>(left & 0xff) << shift;
-    }
-    *reinterpret_cast<uint16_t*>(codes + at) = static_cast<uint16_t>(code);
-    if (decode_octets(plan.mode) == 1) {
-      *reinterpret_cast<uint16_t*>(residuals + at) = static_cast<uint16_t>(rest);
-    }
-  } else {
-    const float inverse = fp16_row_scale(largest);
-    const uint32_t high = ptx::pack_f16x2(x * inverse, y * inverse);
-    const float2 rounded = unpack_pair(high, DType::kFloat16);
-    *reinterpret_cast<uint32_t*>(codes + 2 * at) = high;
-    *reinterpret_cast<uint32_t*>(residuals + 2 * at) =
-        ptx::pack_f16x2(x * inverse - rounded.x, y * inverse - rounded.y);
-  }
-}
-
-// Log2 units of a score, or units of the soft cap, of one unit of q . k.
-__device__ __forceinline__ float unit_scale(const AttentionParams& p, const DecodePlan& plan) {
-  return p.sm_scale * (p.softcap != 0.f ? 1.f / p.softcap : 1.4426950408889634f) *
-         (has_given_codes(plan.mode) ? p.k_code_scale : 1.f);
-}
-
-// What the main kernel writes only where it finds something: units without tiles keep an empty
-// range.
-__device__ __forceinline__ void clear_findings(const AttentionParams& p, const DecodePlan& plan) {
-  auto* workspace = static_cast<uint8_t*>(p.workspace);
-  auto* ranges = reinterpret_cast<CtaRange*>(workspace + plan.unit_ctas);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-#pragma unroll 1
-  for (int64_t i = first; i < static_cast<int64_t>(p.num_seqs) * plan.num_chunks; i += step) {
-    ranges[i] = {0, 0};
-  }
-  if (first == 0) *reinterpret_cast<int32_t*>(workspace + plan.dense_rotation) = 0;
-}
-
-// What the main kernel's producers ask for first, one thing after the other, into L2 meanwhile.
-__device__ __forceinline__ void prefetch_batch(const AttentionParams& p) {
-  constexpr int kLine = 32;  // words
-  const int64_t word = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
-  if (word < p.num_seqs) ptx::prefetch_l2(p.seq_lens + word);
-  if (word < (p.num_seqs - 1) * p.block_table_stride + p.max_blocks) {
-    ptx::prefetch_l2(p.block_table + word);
-  }
-}
-
 template <int D>
 __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
     decode_prepare_kernel(const __grid_constant__ AttentionParams p,
@@ -230,6 +152,7 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
 
   const ParameterLines lines = ParameterLines::touch(p, plan);
   auto* rows = reinterpret_cast<uint16_t*>(row_storage);
+  auto* workspace = static_cast<uint8_t*>(p.workspace);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const DecodeBatch batch = decode_batch(p, plan);
@@ -319,18 +242,12 @@ __global__ void __launch_bounds__(PrepareConfig<D>::kThreads, 1)
 #pragma unroll
       for (int tile = 0; tile < Config::kTiles; ++tile) {
         const int64_t at = int64_t{index} * D + 8 * (warp + tile * Config::kWarps) + 2 * t;
-        write_query<D>(p, plan, at, largest, i == 0 ? c[tile][0] : c[tile][2],
-                       i == 0 ? c[tile][1] : c[tile][3]);
+        write_query(plan.mode, workspace + plan.query_codes, workspace + plan.query_residual, at,
+                    largest, i == 0 ? c[tile][0] : c[tile][2], i == 0 ? c[tile][1] : c[tile][3]);
       }
       if (warp == 0 && t == 0) {
-        // A NaN in the row goes into its scale, and so into every score.
-        float unit = largest;
-        if (largest == largest) {
-          unit = has_int8_query(plan.mode) ? query_unit(largest)
-                                           : __fdiv_rn(1.f, fp16_row_scale(largest));
-        }
-        reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + plan.query_scale)[index] =
-            unit * scale;
+        reinterpret_cast<float*>(workspace + plan.query_scale)[index] =
+            row_unit(plan.mode, largest) * scale;
       }
     }
     first = next;

@@ -140,7 +140,7 @@ struct SegmentQueue {
   // By one lane for each position.  An mbarrier_fence_init follows.
   __device__ __forceinline__ void init(int at, int consumers) {
     ptx::mbarrier_init(ptx::smem_address(&full[at]), kWarpSize);
-    ptx::mbarrier_init(ptx::smem_address(&empty[at]), consumers);
+    ptx::mbarrier_init(ptx::smem_address(&empty[at]), consumers * kWarpSize);
   }
 
   // The producer warp.  `segment` and `position` are its own, in shared memory.
@@ -170,9 +170,9 @@ struct SegmentQueue {
     RingPosition at = reload(position);
     ptx::mbarrier_wait(ptx::smem_address(&full[at.stage]), at.parity);
     copy_words(segments[at.stage], segment);
+    ptx::mbarrier_arrive(ptx::smem_address(&empty[at.stage]));  // each lane for what it has read
     __syncwarp();  // the segment is copied, the position read
     if (lane == 0) {
-      ptx::mbarrier_arrive(ptx::smem_address(&empty[at.stage]));
       at.advance(1, kLength);
       position = at;
     }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../device/decode_combine.cuh"
+#include "../device/decode_light.cuh"
 #include "../device/decode_plan.h"
 #include "../device/decode_prepare.cuh"
 #include "decode.h"
@@ -17,7 +18,25 @@ constexpr bool kHasBulkKernels = true;
 constexpr bool kHasBulkKernels = false;
 #endif
 
+// Calls launch(D) for the head dimensions that the light kernels have.
+template <typename Launch>
+void dispatch_light(int head_dim, Launch&& launch) {
+  dispatch_head_dim(head_dim, [&](auto d) {
+    if constexpr ((d & (d - 1)) == 0) {
+      launch(d);
+    } else {
+      throw std::logic_error("decode: no light kernel for this head dimension");
+    }
+  });
+}
+
 void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+  if (plan.light_prepare) {
+    return dispatch_light(p.cache.head_dim, [&](auto d) {
+      launch_kernel(decode_prepare_light_kernel<d>, dim3(plan.prepare_grid), dim3(kLightThreads), 0,
+                    stream, p, plan);
+    });
+  }
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
     launch_kernel(decode_prepare_kernel<d>, dim3(plan.prepare_grid),
                   dim3(PrepareConfig<d>::kThreads), 0, stream, p, plan);
@@ -26,6 +45,15 @@ void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Str
 
 void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   const int64_t rows = static_cast<int64_t>(p.num_seqs) * p.max_query_len * p.num_q_heads;
+  if (plan.light_combine) {
+    const int64_t ctas =
+        std::min<int64_t>(ceil_div<int64_t>(rows, kLightWarps), 16 * int64_t{p.num_sms});
+    return dispatch_light(p.cache.head_dim, [&](auto d) {
+      launch_dependent_kernel(plan.overlapped, decode_combine_light_kernel<d>,
+                              dim3(static_cast<unsigned>(ctas)), dim3(kLightThreads), 0, stream, p,
+                              plan);
+    });
+  }
   // As few rows a block as fill the device, in powers of two.
   int rows_per_block = 1;
   while (rows_per_block < kCombineRows && rows > static_cast<int64_t>(rows_per_block) * p.num_sms) {
@@ -48,6 +76,9 @@ int64_t decode_workspace_bytes(const AttentionParams& p) {
 void launch_decode(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
   DecodePlan plan = make_decode_plan(p, kHasBulkKernels);
+#ifdef TQ4_HAS_SM90A
+  if (plan.cluster > 0) return sm90::launch_decode_cluster(p, plan, stream);
+#endif
   plan.overlapped = waits_for_predecessors(decode_combine_kernel<128>, p.arch);
   if (p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
     throw std::invalid_argument(

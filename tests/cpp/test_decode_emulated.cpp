@@ -7,8 +7,11 @@
 
 #include "check.h"
 #include "cuda_cpu.h"
+#include "intrinsics.h"
+#include "device/decode_cluster.cuh"
 #include "device/decode_combine.cuh"
 #include "device/decode_kernel.cuh"
+#include "device/decode_light.cuh"
 #include "device/decode_plan.h"
 #include "device/decode_prepare.cuh"
 #include "layout.h"
@@ -33,7 +36,8 @@ struct Case {
   int arch = 90;
   int num_sms = 2;
   bool rotate = false;
-  enum { kReflections, kHadamard, kAlmostHadamard } rotation = kReflections;
+  enum { kReflections, kHadamard, kAlmostHadamard, kSigns } rotation = kReflections;
+  bool cluster = false;  // the plan is to choose the cluster kernel
   bool bf16 = false;
   int window_left = -1, window_right = 0;
   float softcap = 0.f;
@@ -86,11 +90,30 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
 
 template <int D>
 void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int rows_per_block) {
+  if (plan.cluster > 0) {
+    if constexpr (D == 64 || D == 128) {
+      using Config = tq4::ClusterConfig<D, 1>;
+      emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
+                        Config::kThreads, p, plan);
+    }
+    return;
+  }
   const int blocks = static_cast<int>(tq4::ceil_div<int64_t>(plan.query_rows, tq4::kPrepareRows));
+  const int out_rows = p.num_seqs * p.max_query_len * p.num_q_heads;
+  if constexpr (D != 96) {
+    if (plan.light_prepare && plan.light_combine) {
+      const auto grid = [](int64_t rows) { return static_cast<int>(std::min<int64_t>(3, rows)); };
+      emulation::launch(tq4::decode_prepare_light_kernel<D>, grid(plan.query_rows),
+                        tq4::kLightThreads, p, plan);
+      run_main<D>(p, plan);
+      emulation::launch(tq4::decode_combine_light_kernel<D>, grid(out_rows), tq4::kLightThreads, p,
+                        plan);
+      return;
+    }
+  }
   emulation::launch(tq4::decode_prepare_kernel<D>, std::min(2, blocks),
                     tq4::PrepareConfig<D>::kThreads, p, plan);
   run_main<D>(p, plan);
-  const int out_rows = p.num_seqs * p.max_query_len * p.num_q_heads;
   emulation::launch(tq4::decode_combine_kernel<D>,
                     std::min(3, tq4::ceil_div(out_rows, rows_per_block)), tq4::kCombineThreads, p,
                     plan, rows_per_block);
@@ -157,7 +180,14 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.num_sms = c.num_sms;
   p.arch = c.arch;
   p.path = c.bulk ? tq4::Path::kAuto : tq4::Path::kPortable;
+  p.max_blocks = max_blocks;
+  p.window_left = c.window_left;
+  std::vector<float> rotation(static_cast<size_t>(D) * D), rotation_signs(D);
+  const bool has_signs = c.rotation == Case::kSigns;
+  if (c.rotate) p.q_rotation = p.out_rotation = (has_signs ? rotation_signs : rotation).data();
+  p.q_signs = p.out_signs = c.rotate && has_signs;
   const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
+  CHECK((plan.cluster > 0) == c.cluster);
   const bool int8x2 = plan.mode == tq4::DecodeMode::kInt8x2Rows8;
   CHECK(!c.int8 || !int8x2);
   CHECK(c.int8 || int8x2 == plan.bulk);
@@ -237,7 +267,6 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   }
   // A rotation: a random orthogonal matrix as a product of reflections, or a Hadamard matrix with
   // random signs, or one with an entry that is not quite right.
-  std::vector<float> rotation(static_cast<size_t>(D) * D);
   {
     std::vector<double> r(static_cast<size_t>(D) * D, 0.0), v(D);
     for (int i = 0; i < D; ++i) r[i * D + i] = 1;
@@ -258,6 +287,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
           const bool negative = std::bitset<8>(i & j).count() % 2 != 0;
           r[i * D + j] = (negative ? -1 : 1) * signs[j] / std::sqrt(D);
         }
+        rotation_signs[i] = static_cast<float>(signs[i]);
       }
       if (c.rotation == Case::kAlmostHadamard) r[random.range(0, D * D - 1)] *= -3;
     }
@@ -278,7 +308,6 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.max_blocks = max_blocks;
   p.seq_lens = c.lengths.data();
   p.query_start_loc = c.queries.empty() ? nullptr : query_start_loc.data();
-  p.q_rotation = p.out_rotation = c.rotate ? rotation.data() : nullptr;
   p.k_centroids = p.v_centroids = centroids;
   p.k_codes = codes;
   p.k_code_scale = kCodeUnit * c.codebook_scale;
@@ -318,7 +347,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   // Codes of queries that come rotated: the recipe's fp32 quotient, rounded half to even.  16-bit
   // values hit exact ties.
   int64_t wrong_codes = 0;
-  if (tq4::has_int8_query(plan.mode) && !c.rotate && !c.nan_row && !c.short_only) {
+  if (plan.cluster == 0 && tq4::has_int8_query(plan.mode) && !c.rotate && !c.nan_row &&
+      !c.short_only) {
     const auto* query_codes =
         reinterpret_cast<const int8_t*>(static_cast<uint8_t*>(p.workspace) + plan.query_codes);
     for (int64_t row = 0; row < int64_t{query_start_loc[num_seqs]} * hq; ++row) {
@@ -588,6 +618,51 @@ int main(int argc, char** argv) {
       c.head_dim = head_dim, c.int8 = false, c.outliers = true, c.lengths = {90}, c.rotate = true;
     });
     test(("one row" + suffix).c_str(), [&](Case& c) { c.head_dim = head_dim, c.group = 1; });
+  }
+  for (int head_dim : {64, 128}) {
+    const std::string suffix = " D " + std::to_string(head_dim);
+    const auto cluster = [&](const char* name, auto&& change) {
+      test((name + suffix).c_str(), [&](Case& c) {
+        c.head_dim = head_dim, c.cluster = true, c.num_sms = 132, c.rotate = true;
+        c.rotation = Case::kSigns;
+        change(c);
+      });
+    };
+    cluster("cluster", [](Case& c) { c.lengths = {700}, c.num_kv_heads = 8; });
+    cluster("cluster, short", [](Case& c) { c.lengths = {1, 0, 16, 17, 255}; });
+    cluster("cluster, several queries", [](Case& c) {
+      c.queries = {2, 0, 1}, c.lengths = {300, 20, 1}, c.max_query_len = 2, c.sinks = true;
+    });
+    cluster("cluster, not rotated", [](Case& c) { c.rotate = false, c.lengths = {90, 40}; });
+    cluster("cluster, one head", [](Case& c) {
+      c.num_kv_heads = 1, c.group = 7, c.lengths = {300, 40, 9}, c.bf16 = true;
+    });
+    cluster("cluster, padded rows", [](Case& c) {
+      c.layout = Layout::kPaddedRows, c.block_size = 32, c.lengths = {300, 40};
+    });
+    cluster("cluster, head-major", [](Case& c) {
+      c.layout = Layout::kHeadMajor, c.block_size = 64, c.lengths = {600, 40}, c.window_left = 100;
+    });
+    cluster("cluster, heads apart", [](Case& c) {
+      c.layout = Layout::kHeadMajorApart, c.block_size = 48, c.lengths = {100, 40},
+      c.softcap = 2.f, c.window_right = 1, c.queries = {2, 1}, c.max_query_len = 2;
+    });
+    cluster("cluster, more tiles than page ids",
+            [](Case& c) { c.num_kv_heads = 1, c.group = 1, c.lengths = {9000}; });
+    cluster("cluster, wild norms", [](Case& c) {
+      c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {500}, c.bf16 = true;
+    });
+    cluster("cluster, zero values", [](Case& c) {
+      c.zero_values = true, c.bf16 = true, c.lengths = {290};
+    });
+    cluster("cluster, NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
+    cluster("cluster, outliers", [](Case& c) { c.outliers = true, c.lengths = {290}; });
+    cluster("cluster, max_query_len broken", [](Case& c) {
+      c.queries = {1, 4, 2}, c.lengths = {30, 20, 9}, c.max_query_len = 2;
+    });
+    cluster("cluster, beside long sequences", [](Case& c) {
+      c.queries = {3, 1, 1}, c.lengths = {30, 60, 100}, c.short_only = true;
+    });
   }
   test("48 rows", [](Case& c) {
     c.group = 6, c.queries = {8, 3}, c.lengths = {60, 20}, c.max_query_len = 8, c.num_kv_heads = 2;

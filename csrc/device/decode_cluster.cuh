@@ -1,0 +1,319 @@
+// Decode of short contexts: one kernel, no workspace.
+//
+// With few keys decode is latency: launches, look-ups, one trip to memory after the other, code that
+// is fetched for the first time, partial results of all SMs for every row.  Here a cluster of CTAs
+// has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles in
+// turn:
+//
+//   every warp      page ids -> copies of its first kStages tiles          (cp.async, rings of its own)
+//   meanwhile       warp r rotates and quantises query row r; all write the tables
+//   tiles           as in decode_tile.cuh, nobody waits for anybody
+//   in the CTA      warp r sums row r over the warps' results, in shared memory
+//   in the cluster  and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE, rotation,
+//                   output
+//
+// All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
+//
+// Shared memory: pair table | ClusterShared | rings; the warps' results in the place of the rings.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "../params.h"
+#include "../ptx/bulk_copy.cuh"
+#include "../ptx/cluster.cuh"
+#include "../ptx/dynamic_smem.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/smem.cuh"
+#include "common.cuh"
+#include "decode_merge.cuh"
+#include "decode_output.cuh"
+#include "decode_plan.h"
+#include "decode_query.cuh"
+#include "decode_table.cuh"
+#include "decode_tile.cuh"
+#include "parameter_lines.cuh"
+
+namespace tq4 {
+
+template <int D_, int kSize_>
+struct ClusterConfig {
+  static constexpr int D = D_;
+  static constexpr int kSize = kSize_;  // CTAs of a cluster
+  static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
+  static constexpr int kStages = kClusterStages;
+  // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
+  using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
+  static constexpr int kRows = Steps::kRows;
+  static constexpr int kRowPitch = D + 4;  // of results, floats: rows 4 banks apart
+  static constexpr int kTileBytes = cluster_tile_bytes(D);
+};
+
+template <class C>
+struct ClusterShared {
+  PlainKeyCodes::Tables codes;
+  float scale[C::kRows];                            // of the query rows
+  alignas(16) uint8_t query[2][C::kRows][C::D];     // codes, residuals
+  float2 stats[C::kWarps][C::kRows];                // (m, l) of the warps' results
+  uint64_t arrived;                                 // of what the CTAs send
+  // From each CTA its sums of this CTA's rows, which are kSize apart.
+  float2 sum_stats[C::kRows / C::kSize][C::kSize];
+  alignas(16) float sums[C::kRows / C::kSize][C::kSize][C::kRowPitch];
+  ParameterLines lines[C::kWarps];
+};
+
+// The tiles of one warp on their way to shared memory: copies of tile i of the warp, and what it
+// takes to know where it is.
+template <class C>
+struct ClusterTiles {
+  int head;
+  const int32_t* table;  // of the sequence
+  int first, count;      // tile i of the warp is tile first + kWarps i of the sequence
+  uint32_t ring;         // shared address
+  int pages;             // lane i: the page of tile i, of the 32 tiles being copied
+
+  // Entries past the last tile are garbage.
+  __device__ __forceinline__ void find_pages(const DecodePlan& plan, int i) {
+    const int own = i + static_cast<int>(threadIdx.x % kWarpSize);
+    pages = own < count ? table[plan.block_divider.quotient(first + C::kWarps * own)] : 0;
+  }
+
+  template <int kBytes>
+  __device__ __forceinline__ static void copy_codes(uint32_t dst, const uint8_t* src, int stride) {
+    constexpr int kPieces = C::D / 2 / kBytes;  // of a token
+#pragma unroll
+    for (int i = 0; i < kTileTokens * kPieces / kWarpSize; ++i) {
+      const int piece = i * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize);
+      const int token = piece / kPieces, at = piece % kPieces * kBytes;
+      const uint8_t* from = src + token * stride + at;
+      if constexpr (kBytes == 16) {
+        ptx::cp_async_once(dst + piece * kBytes, from);
+      } else {
+        ptx::cp_async<kBytes>(dst + piece * kBytes, from);
+      }
+    }
+  }
+
+  // Starts the copies of tile i, if there is one, and makes a group of them in any case.
+  __device__ __forceinline__ void copy(const PageView& view, const DecodePlan& plan, int i) {
+    if (i < count) {
+      if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
+      const int tile = first + C::kWarps * i;
+      const int page = __shfl_sync(kFullWarp, pages, i % kWarpSize);
+      const int in_page =
+          (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
+          kTileTokens;
+      const uint8_t* src = view.base + page * view.block_stride;
+      const uint8_t* codes = src + in_page * view.code_token_stride + head * view.code_head_stride;
+      const uint32_t dst = stage(i);
+      const auto copy_both = [&](auto bytes) {
+        constexpr int kBytes = decltype(bytes)::value;
+        copy_codes<kBytes>(dst, codes + view.k_codes, view.code_token_stride);
+        copy_codes<kBytes>(dst + kTileTokens * C::D / 2, codes + view.v_codes,
+                           view.code_token_stride);
+      };
+      if (plan.copy.width == 16) {
+        copy_both(std::integral_constant<int, 16>{});
+      } else if (plan.copy.width == 8) {
+        copy_both(std::integral_constant<int, 8>{});
+      } else {
+        copy_both(std::integral_constant<int, 4>{});
+      }
+      const int lane = threadIdx.x % kWarpSize;
+      const int token = in_page + lane % kTileTokens;
+      ptx::cp_async<4>(dst + kTileTokens * C::D + 4 * lane,
+                       src + (lane < kTileTokens ? view.k_norms : view.v_norms) +
+                           token * view.norm_token_stride + head * view.norm_head_stride);
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ uint32_t stage(int i) const {
+    return ring + i % C::kStages * C::kTileBytes;
+  }
+};
+
+// The sum of row `row` to the CTA that writes it.
+template <class C>
+__device__ __forceinline__ void send_sum(ClusterShared<C>& shared, const RowSum<C::D>& sum,
+                                         int rank, int row) {
+  using Sum = RowSum<C::D>;
+  const int target = row % C::kSize, place = row / C::kSize;
+  const auto in_target = [&](const void* p) {
+    return ptx::map_to_cta(ptx::smem_address(p), target);
+  };
+  const uint32_t arrived = in_target(&shared.arrived);
+  const uint32_t sums = in_target(shared.sums[place][rank]);
+#pragma unroll
+  for (int e = 0; e < Sum::kDims; e += Sum::kVector) {
+    const uint32_t to = sums + 4 * Sum::dim(e);
+    if constexpr (Sum::kVector == 4) {
+      ptx::st_async_v4(to, arrived, sum.o[e], sum.o[e + 1], sum.o[e + 2], sum.o[e + 3]);
+    } else {
+      static_assert(Sum::kVector == 2, "head dimensions 64, 128 and 256");
+      ptx::st_async_v2(to, arrived, sum.o[e], sum.o[e + 1]);
+    }
+  }
+  if (threadIdx.x % kWarpSize == 0) {
+    ptx::st_async_v2(in_target(&shared.sum_stats[place][rank]), arrived, sum.m, sum.l);
+  }
+}
+
+// A CTA's share of a sequence.
+__device__ __forceinline__ TileRange cluster_share(TileRange tiles, int rank, int size) {
+  const int count = tiles.end - tiles.begin;
+  return {tiles.begin + count * rank / size, tiles.begin + count * (rank + 1) / size};
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    decode_cluster_kernel(const __grid_constant__ AttentionParams p,
+                          const __grid_constant__ DecodePlan plan) {
+  using Steps = typename C::Steps;
+  using Sum = RowSum<C::D>;
+  uint8_t* bytes = ptx::dynamic_shared();
+  auto& shared = *reinterpret_cast<ClusterShared<C>*>(bytes + kDecodeTableBytes);
+  const uint32_t table = ptx::smem_address(bytes);
+  const uint32_t rings =
+      table + kDecodeTableBytes + round_up(static_cast<int>(sizeof(ClusterShared<C>)), 128);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int rank = static_cast<int>(ptx::cluster_rank());
+  const ParameterLines lines = ParameterLines::touch(p, plan);
+  const uint32_t arrived = ptx::smem_address(&shared.arrived);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(arrived, 1);
+    ptx::mbarrier_fence_init();
+  }
+  ptx::cluster_arrive();
+
+  const int unit = static_cast<int>(blockIdx.x) / C::kSize;
+  const int seq = static_cast<int>(plan.chunk_divider.quotient(unit));
+  const int head = unit - seq * plan.heads_per_chunk;
+  const DecodeBatch batch = decode_batch(p, plan);
+  DecodeSegment segment{};
+  segment.seq = seq;
+  segment.describe(batch);
+  const int num_rows = min(segment.num_queries * plan.group, plan.max_rows);
+
+  // [1/5] The query row of this warp and what goes with it: loads first, all at once.
+  const bool has_row = warp < num_rows;
+  const int query = static_cast<int>(plan.group_divider.quotient(warp));
+  QueryRow<C::D> row;
+  float signs[QueryRow<C::D>::kDims];
+  if (has_row) {
+    row.load(static_cast<const uint16_t*>(p.q) + (segment.query_begin + query) * p.q_token_stride +
+                 (head * plan.group + warp - query * plan.group) * p.q_head_stride,
+             QueryRow<C::D>::is_aligned(p));
+    QueryRow<C::D>::load_signs(p.q_rotation, signs);
+  }
+
+  // [2/5] Copies of the first tiles.
+  const TileRange range =
+      visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
+  const TileRange share = cluster_share(range, rank, C::kSize);
+  ClusterTiles<C> tiles;
+  tiles.head = head;
+  tiles.table = p.block_table + seq * p.block_table_stride;
+  tiles.first = share.begin + warp;
+  tiles.count = (share.end - share.begin - warp + C::kWarps - 1) / C::kWarps;
+  tiles.ring = rings + warp * C::kStages * C::kTileBytes;
+  tiles.find_pages(plan, 0);
+#pragma unroll 1
+  for (int i = 0; i < C::kStages; ++i) tiles.copy(p.cache, plan, i);
+
+  // [3/5] Tables and queries.
+  const float value_unit = write_pair_table(table, p.v_centroids, warp, C::kWarps);
+  shared.codes.write(p);
+  if (has_row) {
+    row.unpack(p.dtype);
+    if (p.q_rotation != nullptr) row.rotate(signs);
+    const float largest =
+        row.write(DecodeMode::kInt8Rows8, &shared.query[0][0][0], &shared.query[1][0][0], warp);
+    if (lane == 0) {
+      shared.scale[warp] = row_unit(DecodeMode::kInt8Rows8, largest) * unit_scale(p, plan);
+    }
+  }
+  lines.keep(shared.lines);
+  __syncthreads();  // tables and queries are there
+
+  KeyCodes<Steps> key_codes{};
+  key_codes.load(shared.codes);
+  DecodeRows<Steps> rows;
+  {
+    const int own = max(0, min(lane / 4, num_rows - 1));  // rows past the last repeat it
+    rows.scale[0] = shared.scale[own];
+    rows.source = nullptr;
+#pragma unroll
+    for (int k = 0; k < Steps::kKeySteps; ++k) {
+      uint32_t a[1][4];
+      load_query<Steps>(shared.query[0][own], shared.query[1][own], k, a);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows.q[k][i] = pinned(a[0][i]);
+    }
+  }
+  const LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
+  const float cap_log2e = p.softcap * 1.4426950408889634f;
+  const auto unmasked = UnmaskedTiles::make(p, segment);
+  DecodeState<Steps> state;
+  state.clear();
+#pragma unroll 1
+  for (int i = 0; i < tiles.count; ++i) {
+    ptx::cp_async_wait<C::kStages - 1>();
+    __syncwarp();  // every lane's part of the tile has landed
+    consume_tile<Steps>(
+        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, cap_log2e,
+        [&]() -> uint32_t {
+          const int tile = tiles.first + C::kWarps * i;
+          if (unmasked.has(tile)) return 0;
+          return hidden_columns<Steps>(p, plan, segment, 0, tile);
+        },
+        state);
+    __syncwarp();  // all lanes have read the tile
+    tiles.copy(p.cache, plan, i + C::kStages);
+  }
+  ptx::cp_async_wait<0>();
+
+  // [4/5] The sums of the CTA.
+  __syncthreads();  // all warps are done with their rings
+  auto* results = reinterpret_cast<float*>(bytes + (rings - table));
+  write_partial<Steps>(shared.stats[warp], results + warp * C::kRows * C::kRowPitch, C::kRowPitch,
+                       0, num_rows, value_unit, state);
+  __syncthreads();  // all results are there
+  const int own = rank + C::kSize * warp;  // the row that this warp writes
+  const bool writes = own < num_rows;
+  CombineRow out{};
+  typename Sum::Vector row0[Sum::kDims / Sum::kVector];
+  if (writes) {
+    const int query = static_cast<int>(plan.group_divider.quotient(own));
+    const int q_head = head * plan.group + own - query * plan.group;
+    out = find_row(p, plan, batch,
+                   static_cast<int64_t>(seq) * plan.seq_divider.divisor + query * p.num_q_heads +
+                       q_head);
+    if (p.out_rotation != nullptr) Sum::load_signs(p.out_rotation, row0);
+  }
+  Sum sum;
+  if (has_row) {
+    sum.sum_terms(
+        C::kWarps, [&](int i) { return shared.stats[i][warp]; },
+        [&](int i, int v) { return Sum::load(results + (i * C::kRows + warp) * C::kRowPitch, v); });
+    ptx::cluster_wait();  // the barriers of all CTAs are there
+    send_sum<C>(shared, sum, rank, warp);
+  }
+
+  // [5/5] The sums of the cluster.
+  if (threadIdx.x == 0) {
+    const int rows_here = num_rows > rank ? (num_rows - rank - 1) / C::kSize + 1 : 0;
+    ptx::mbarrier_arrive_expect_bytes(arrived, rows_here * C::kSize * (C::D * 4 + 8));
+  }
+  if (!writes) return;
+  ptx::mbarrier_wait(arrived, 0);  // all CTAs' sums are there
+  sum.sum_terms(
+      C::kSize, [&](int i) { return shared.sum_stats[warp][i]; },
+      [&](int i, int v) { return Sum::load(shared.sums[warp][i], v); });
+  sum.finish(p, out);
+  if (out.surplus > 0) write_surplus<C::D>(p, out);
+  if (p.out_rotation != nullptr) sum.transform(row0);
+  sum.store(p, out.token * p.out_token_stride + out.head * p.out_head_stride, Sum::is_aligned(p));
+}
+
+}  // namespace tq4
