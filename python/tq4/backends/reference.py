@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import NORM_BYTES, NORM_EPSILON, PageView, code_bytes, page_view
+from ..rotation import as_matrix
 
 #: Largest number of elements of a score matrix, and of the keys decoded at once: bounds the memory of a call.
 MAX_ELEMENTS = 1 << 24
@@ -62,16 +63,14 @@ def _fields(cache: torch.Tensor, view: PageView) -> _Fields:
 
 def _rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
     """Rows of x times ``rotation.T``, fp32."""
-    if rotation is None:
-        return x.float()
-    return (x.double() @ rotation.double().T).float()
+    matrix = as_matrix(rotation)
+    return x.float() if matrix is None else (x.double() @ matrix.double().T).float()
 
 
 def _rotate_back(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
     """Rows of x times ``rotation``, in the dtype of x."""
-    if rotation is None:
-        return x
-    return (x.double() @ rotation.double()).to(x.dtype)
+    matrix = as_matrix(rotation)
+    return x if matrix is None else (x.double() @ matrix.double()).to(x.dtype)
 
 
 # ---- One vector.
@@ -88,7 +87,7 @@ def encode(
 
     Args:
         x: ``[..., D]``, any floating dtype.
-        rotation: fp32 ``[D, D]`` or None (x is rotated already).
+        rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard one, or None (x is rotated already).
         centroids: fp32 ``[16]``.
         boundaries: fp32 ``[15]``.
         norm_correction: store the norm that gives the decoded vector the norm of x.
@@ -122,7 +121,7 @@ def decode_vectors(
     Args:
         codes: uint8 ``[..., D / 2]``.
         norms: fp32 ``[...]``.
-        rotation: fp32 ``[D, D]``, or None to stay in rotated space.
+        rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard one, or None to stay in rotated space.
         centroids: fp32 ``[16]``.
 
     Returns:
@@ -304,8 +303,9 @@ def attention(
         block_table: int32 ``[B, max_blocks]``; entries past a sequence's last page are never used.
         seq_lens: int32 ``[B]``, keys of each sequence including those of its queries.
         query_start_loc: int32 ``[B + 1]``, or None for one query a sequence.
-        q_rotation: fp32 ``[D, D]``, or None when q is rotated already.
-        out_rotation: fp32 ``[D, D]``, or None to leave the output rotated.
+        q_rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard one, or None when q is rotated
+            already.
+        out_rotation: the same, or None to leave the output rotated.
         k_centroids, v_centroids: fp32 ``[16]``.
         num_kv_heads: Hkv.
         sm_scale: factor of the scores; default ``1 / sqrt(D)``.
