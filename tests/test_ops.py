@@ -141,11 +141,11 @@ def test_signs_are_the_matrix(name, target):
 @pytest.mark.parametrize("name", OPS)
 def test_the_functions_pass_signs_to_the_ops_with_a_transform(name, monkeypatch):
     """And matrices to the others, or where there are no signs."""
+    case = make_case(head_dim=64, kv_lens=(20,), q_lens=(1,))
     seen = []
     module = types.SimpleNamespace(**{name: lambda *args, **kwargs: seen.extend([*args, *kwargs.values()])})
     monkeypatch.setattr(dispatch, "resolve", lambda number, device: (module, {}))
     for rotation in ("hadamard", "haar"):
-        case = make_case(head_dim=64, kv_lens=(20,), q_lens=(1,))
         quantizer = case.quantizer = tq4.Quantizer(64, rotation=rotation)
         table = (case.cache, case.block_table, case.seq_lens, quantizer)
         seen.clear()

@@ -322,6 +322,7 @@ def attention(
     num_tokens, num_q_heads, head_dim = q.shape
     view = page_view(cache, num_kv_heads, head_dim)
     fields = _fields(cache, view)
+    q_rotation, out_rotation = as_matrix(q_rotation), as_matrix(out_rotation)
     lengths = seq_lens.tolist()
     starts = list(range(len(lengths) + 1)) if query_start_loc is None else query_start_loc.tolist()
     scale = 1.0 / math.sqrt(head_dim) if sm_scale is None else sm_scale
