@@ -104,7 +104,8 @@ def test_eval(model_folder, tmp_path, few_decoded):
     assert list(record["seconds"]) == phases
     for phase in phases:
         assert re.search(rf"^{phase}: \d+\.\d s", done.output, re.MULTILINE), done.output
-    assert "TQ4, norm correction " in done.output and re.search(r"^seconds: .*load", done.output, re.MULTILINE)
+    assert "TQ4, norm correction " in done.output
+    assert re.search(r"^seconds: .*load", done.output, re.MULTILINE)
     assert plot.stat().st_size > 1000
 
 
