@@ -408,7 +408,12 @@ def paged_slots(
 def quantizer(
     head_dim: int, rotation: str | None, device: str, norm_correction: bool = False
 ) -> tq4.Quantizer:
-    return tq4.Quantizer(head_dim, rotation=rotation, device=device, norm_correction=norm_correction)
+    """``"hadamard_matrix"``: as ``"hadamard"``, but the ops get the matrix, not its signs."""
+    kind = "hadamard" if rotation == "hadamard_matrix" else rotation
+    quant = tq4.Quantizer(head_dim, rotation=kind, device=device, norm_correction=norm_correction)
+    if kind != rotation:
+        quant.k_signs = quant.v_signs = None
+    return quant
 
 
 def build(

@@ -100,6 +100,24 @@ MATRIX_CPU = [
 ]
 
 
+# Rotations of q and of the output as the signs of a Hadamard matrix, as the matrix, and one without signs.
+FORMS = [
+    _SOME.but(head_dim=d, group=g, rotation=r, int8=i8, seq_lens=(300, 1, 17, 5, 16, 40), seed=d)
+    for d in (64, 128, 256)
+    for g, i8 in ((1, True), (8, True), (4, False))
+    for r in ("hadamard", "hadamard_matrix", "haar")
+]
+
+
+@on_cases(
+    cpu=[_ONE.but(rotation="hadamard_matrix"), _SOME.but(head_dim=128, kv_heads=1)],
+    gpu=FORMS[:6],
+    gpu_all=FORMS[6:],
+)
+def test_rotations(case: Case, target: Target) -> None:
+    verify(case, target, "decode")
+
+
 @on_cases(cpu=MATRIX_CPU, gpu=MATRIX_FEW, gpu_all=MATRIX)
 def test_matrix(case: Case, target: Target) -> None:
     verify(case, target, "decode")
@@ -244,7 +262,7 @@ EXACT_CASES = [
             queries=(1, 4),
             layout=("token_major", "head_major"),
             data=("gaussian", "outlier"),
-            rotation=("hadamard", "haar", None),
+            rotation=("hadamard", "hadamard_matrix", "haar", None),
         )
     )
 ]

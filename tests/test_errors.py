@@ -20,9 +20,9 @@ from tq4.layout import HEAD_MAJOR
 POISON = 7
 
 
-def good(name: str) -> dict:
+def good(name: str, head_dim: int = 64) -> dict:
     """Arguments of a good call; the tensors that are written hold POISON."""
-    case = make_case(head_dim=64, kv_lens=(20, 5), q_lens=(1, 1) if name == "decode" else (3, 2))
+    case = make_case(head_dim=head_dim, kv_lens=(20, 5), q_lens=(1, 1) if name == "decode" else (3, 2))
     quantizer = case.quantizer
     rotation = quantizer.k_rotation
     if name == "store":
@@ -49,8 +49,8 @@ def good(name: str) -> dict:
             "v_rotation": rotation,
             "k_centroids": quantizer.k_centroids,
             "v_centroids": quantizer.v_centroids,
-            "key": torch.full((25, 2, 64), float(POISON)),
-            "value": torch.full((25, 2, 64), float(POISON)),
+            "key": torch.full((25, 2, head_dim), float(POISON)),
+            "value": torch.full((25, 2, head_dim), float(POISON)),
         }
     if name == "compress":
         return {
@@ -58,16 +58,16 @@ def good(name: str) -> dict:
             "rotation": rotation,
             "centroids": quantizer.k_centroids,
             "boundaries": quantizer.k_boundaries,
-            "packed": torch.full((25, 2, 32), POISON, dtype=torch.uint8),
+            "packed": torch.full((25, 2, head_dim // 2), POISON, dtype=torch.uint8),
             "norms": torch.full((25, 2, 1), float(POISON)),
         }
     if name == "decompress":
         return {
-            "packed": torch.zeros(25, 2, 32, dtype=torch.uint8),
+            "packed": torch.zeros(25, 2, head_dim // 2, dtype=torch.uint8),
             "norms": torch.ones(25, 2, 1),
             "rotation": rotation,
             "centroids": quantizer.k_centroids,
-            "out": torch.full((25, 2, 64), float(POISON)),
+            "out": torch.full((25, 2, head_dim), float(POISON)),
         }
     return {
         "q": case.q,
@@ -269,6 +269,23 @@ CASES: list[tuple[str, str, Callable, type[Exception], str]] = [
     ("prefill decode", "q_rotation", meta, ValueError, "expected device cpu"),
 ]
 
+# Rotations as signs [D].
+SIGNS = [
+    (op, argument, change, ValueError, message)
+    for op, argument in (
+        ("store gather", "k_rotation"),
+        ("store gather", "v_rotation"),
+        ("compress decompress", "rotation"),
+        ("prefill decode", "q_rotation"),
+        ("prefill decode", "out_rotation"),
+    )
+    for change, message in (
+        (lambda x: torch.ones(63), r"expected shape \[head_dim\] = \[64\], got \[63\]"),
+        (lambda x: torch.ones(128)[::2], "expected a contiguous tensor"),
+        (lambda x: torch.ones(64, device="meta"), "expected device cpu"),
+    )
+]
+
 # Contents, where they are known on the host: CPU tensors, or TQ4_DEBUG=1.
 CONTENTS: list[tuple[str, str, Callable, type[Exception], str]] = [
     (
@@ -290,6 +307,10 @@ CONTENTS: list[tuple[str, str, Callable, type[Exception], str]] = [
     ("store", "slot_mapping", at((3,), 10**6), ValueError, "got 1000000 at index 3"),
     ("store", "slot_mapping", at((24,), -2), ValueError, "got -2 at index 24"),
     ("store", "slot_mapping", lambda x: x - x + 5, ValueError, "expected distinct slots, got slot 5 twice"),
+]
+CONTENTS += [
+    (op, argument, lambda x: at((7,), 0.125)(torch.ones(64)), ValueError, r"\+1 or -1, got 0.125 at index 7")
+    for op, argument, *_ in SIGNS[::3]
 ]
 
 
@@ -315,7 +336,7 @@ def run_checked(name: str, arguments: dict) -> None:
         getattr(checks, f"check_{name}")(**arguments)
 
 
-@pytest.mark.parametrize(**flat(CASES + CONTENTS))
+@pytest.mark.parametrize(**flat(CASES + SIGNS + CONTENTS))
 def test_bad_argument(name, argument, change, error, message):
     arguments = good(name)
     before = {written: arguments[written].clone() for written in WRITTEN[name]}
@@ -330,6 +351,15 @@ def test_bad_argument(name, argument, change, error, message):
             tensor,
             before[written],
         ), f"{written} was written"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_96_dimensions_have_no_signs(name):
+    for argument, value in good(name, head_dim=96).items():
+        if argument.endswith("rotation"):
+            assert value.shape == (96, 96)
+            with pytest.raises(ValueError, match=rf"^{argument}: expected a matrix .* = \[96, 96\], as only"):
+                call(name, good(name, head_dim=96) | {argument: torch.ones(96)})
 
 
 def test_prefill_needs_query_start_loc():

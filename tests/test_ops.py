@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import types
@@ -11,9 +12,11 @@ import torch
 
 import tq4
 from support import Case, make_case
+from support_attention import on_targets
 from tq4 import dispatch, ops
 from tq4.backends import cuda as cuda_backend
 from tq4.layout import HEAD_MAJOR, TOKEN_MAJOR
+from tq4.rotation import as_matrix
 
 OPS = ("store", "gather", "compress", "decompress", "prefill", "decode")
 MUTATED = {
@@ -24,16 +27,17 @@ MUTATED = {
     "prefill": {"out", "lse"},
     "decode": {"out", "lse"},
 }
+ROTATIONS = ("k_rotation", "v_rotation", "rotation", "q_rotation", "out_rotation")
 
 
-def op_arguments(name: str, layout: str = TOKEN_MAJOR, lse: bool = True) -> tuple:
-    """Arguments of an op, all but the ones with defaults, on the CPU."""
+def op_arguments(name: str, layout: str = TOKEN_MAJOR, lse: bool = True, signs: bool = False) -> tuple:
+    """Arguments of an op, all but the ones with defaults, on the CPU; ``signs``: rotations as signs."""
     case = make_case(
         head_dim=64, kv_lens=(20, 5), q_lens=(1, 1) if name == "decode" else (3, 1), layout=layout
     )
     quantizer = case.quantizer
     sides = (quantizer.k_centroids, quantizer.k_boundaries, quantizer.v_centroids, quantizer.v_boundaries)
-    rotation = quantizer.k_rotation
+    rotation = quantizer.k_signs.clone() if signs else quantizer.k_rotation
     if name == "store":
         return (case.key, case.value, case.cache, case.slot_mapping, rotation, None, *sides)
     if name == "gather":
@@ -104,6 +108,62 @@ def test_defaults():
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, layout):
     torch.library.opcheck(getattr(torch.ops.tq4, name).default, op_arguments(name, layout))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck_with_signs(name):
+    torch.library.opcheck(getattr(torch.ops.tq4, name).default, op_arguments(name, signs=True))
+
+
+#: What the CUDA backend computes from a matrix in either case; its other ops transform by the signs, which
+#: the tests of store and decode compare.
+_BY_MATRIX = ("gather", "decompress", "prefill")
+
+
+@on_targets()
+@pytest.mark.parametrize("name", OPS)
+def test_signs_are_the_matrix(name, target):
+    target.require()
+    if target.backend.startswith("cuda") and name not in _BY_MATRIX:
+        pytest.skip("by a transform")
+    results = []
+    for signs in (False, True):
+        arguments = [
+            a.to(target.device) if isinstance(a, torch.Tensor) else a for a in op_arguments(name, signs=signs)
+        ]
+        getattr(torch.ops.tq4, name)(*arguments, backend=tq4.dispatch.backend_id(target.backend))
+        names = [a.name for a in getattr(torch.ops.tq4, name).default._schema.arguments]
+        results.append([a for n, a in zip(names, arguments, strict=False) if n in MUTATED[name]])
+    for matrix, signs in zip(*results, strict=True):
+        assert torch.equal(matrix, signs) and matrix.any()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_functions_pass_signs_to_the_ops_with_a_transform(name, monkeypatch):
+    """And matrices to the others, or where there are no signs."""
+    case = make_case(head_dim=64, kv_lens=(20,), q_lens=(1,))
+    seen = []
+    module = types.SimpleNamespace(**{name: lambda *args, **kwargs: seen.extend([*args, *kwargs.values()])})
+    monkeypatch.setattr(dispatch, "resolve", lambda number, device: (module, {}))
+    for rotation in ("hadamard", "haar"):
+        quantizer = case.quantizer = tq4.Quantizer(64, rotation=rotation)
+        table = (case.cache, case.block_table, case.seq_lens, quantizer)
+        seen.clear()
+        if name == "store":
+            tq4.store(case.key, case.value, case.cache, case.slot_mapping, quantizer)
+        elif name == "gather":
+            tq4.gather(*table, num_kv_heads=2)
+        elif name == "compress":
+            tq4.compress(case.key, quantizer, which="v")
+        elif name == "decompress":
+            packed = torch.zeros(20, 2, 32, dtype=torch.uint8)
+            tq4.decompress(packed, torch.ones(20, 2, 1), quantizer, which="v")
+        else:
+            case.attend(op=name)
+        signs = rotation == "hadamard" and name not in _BY_MATRIX
+        expected = quantizer.k_signs if signs else quantizer.k_rotation
+        assert sum(x is expected for x in seen) == (1 if name in ("compress", "decompress") else 2)
+        assert sum(x is quantizer.k_rotation for x in seen) == 0 or not signs
 
 
 @pytest.mark.parametrize("name", ("prefill", "decode"))
@@ -394,11 +454,11 @@ def test_cuda_backend_hands_the_arguments_on(monkeypatch):
 
     fake = types.SimpleNamespace(**{name: stand_in(name) for name in OPS})
     monkeypatch.setattr(cuda_backend.torch.ops, "tq4_cuda", fake)
-    for name in OPS:
+    for name, signs in itertools.product(OPS, (False, True)):
         names = [a.name for a in getattr(torch.ops.tq4, name).default._schema.arguments]
-        arguments = dict(zip(names, op_arguments(name), strict=False))
-        for argument in ("q", "key", "out", "packed"):
-            if argument in arguments:
+        arguments = dict(zip(names, op_arguments(name, signs=signs), strict=False))
+        for argument in ("q", "key", "out", "packed", *(ROTATIONS if signs else ())):
+            if arguments.get(argument) is not None:
                 # The same tensor at an address that is not a multiple of 16.
                 x = arguments[argument]
                 flat = torch.zeros(x.numel() + 16, dtype=x.dtype)
@@ -411,9 +471,10 @@ def test_cuda_backend_hands_the_arguments_on(monkeypatch):
             if argument in MUTATED[name]:
                 assert (value == 3).all()
             elif isinstance(value, torch.Tensor):
-                assert torch.equal(seen[argument], value)
+                expand = argument in ROTATIONS and name in _BY_MATRIX
+                assert torch.equal(seen[argument], as_matrix(value) if expand else value)
             elif argument != "path" or name in ("prefill", "decode"):
                 assert seen[argument] == value
-        for argument in ("q", "key", "out", "packed", "k_rotation", "q_rotation"):
+        for argument in ("q", "key", "out", "packed", *ROTATIONS):
             if seen.get(argument) is not None:
                 assert seen[argument].data_ptr() % 16 == 0

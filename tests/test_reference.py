@@ -337,9 +337,10 @@ def test_layouts_and_page_sizes_agree_exactly():
 
 
 def test_processing_in_pieces_changes_nothing(monkeypatch):
-    case = make_case(kv_lens=(20, 17), q_lens=(20, 5), num_q_heads=4, num_kv_heads=2)
+    """Rows, heads, and sequences of equal lengths, which otherwise are taken together."""
+    case = make_case(kv_lens=(20, 17, 20, 20, 17, 20), q_lens=(20, 5, 20, 20, 5, 3))
     whole = [case.attend("reference", int8=int8, return_lse=True) for int8 in (True, False)]
-    for limit in (1, 1000, 6000):
+    for limit in (1, 1000, 6000, 12000):
         monkeypatch.setattr(reference, "MAX_ELEMENTS", limit)
         for int8, (out, lse) in zip((True, False), whole, strict=True):
             piece, piece_lse = case.attend("reference", int8=int8, return_lse=True)

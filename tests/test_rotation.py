@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tq4
 from tq4 import codebook
 from tq4.layout import HEAD_DIMS
-from tq4.rotation import haar, hadamard, make_rotation
+from tq4.rotation import as_matrix, from_signs, haar, hadamard, hadamard_signs, make_rotation, signs_of
 
 
 def orthogonality(matrix: torch.Tensor) -> float:
@@ -55,6 +58,44 @@ def test_hadamard_entries_are_exactly_plus_minus_one_over_root_d(head_dim):
     )
     assert torch.equal(torch.sign(rotation) * signs, sylvester)
     assert 0 < int((signs < 0).sum()) < head_dim, "the signs are random"
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_signs_and_matrix_are_the_same_rotation(head_dim):
+    signs, matrix = hadamard_signs(head_dim, 7), hadamard(head_dim, 7)
+    assert signs.dtype == torch.float32 and signs.shape == (head_dim,) and signs.abs().eq(1).all()
+    assert torch.equal(from_signs(signs), matrix) and torch.equal(signs_of(matrix), signs)
+    # By doubling, as Sylvester has it, and one product with the signs.
+    dense = torch.ones(1, 1)
+    while len(dense) < head_dim:
+        dense = torch.cat([torch.cat([dense, dense], 1), torch.cat([dense, -dense], 1)])
+    assert torch.equal(matrix, dense * signs * torch.tensor(1 / math.sqrt(head_dim)))
+    assert as_matrix(matrix) is matrix and as_matrix(None) is None
+    assert torch.equal(as_matrix(signs), matrix)
+
+
+def test_what_has_no_signs():
+    matrix = hadamard(64)
+    flipped, scaled, order = matrix.clone(), matrix * (1 + 2**-23), matrix[torch.randperm(64)]
+    flipped[5, 9] *= -1
+    for other in (flipped, scaled, order, haar(64), haar(96), torch.eye(64), torch.zeros(64, 64)):
+        assert signs_of(other) is None
+    with pytest.raises(ValueError, match="head_dim: expected a power of two"):
+        hadamard_signs(96)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_signs_on_a_gpu(head_dim):
+    """The same bits, and the kernels of a captured expansion are all in the graph."""
+    signs = hadamard_signs(head_dim).cuda()
+    assert torch.equal(from_signs(signs).cpu(), hadamard(head_dim))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        matrix = as_matrix(signs)
+    signs.copy_(hadamard_signs(head_dim, 7))
+    graph.replay()
+    assert torch.equal(matrix.cpu(), hadamard(head_dim, 7))
 
 
 def test_seeds():
@@ -131,12 +172,38 @@ def test_quantizer_options():
     assert custom.k_codes.float() * custom.k_code_scale == pytest.approx(torch.tensor(values), abs=1e-3)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_quantizer_has_the_signs_of_hadamard_rotations(head_dim):
+    quantizer = tq4.Quantizer(head_dim, seed=5)
+    if head_dim == 96:
+        assert quantizer.k_signs is None and quantizer.v_signs is None
+        return
+    assert torch.equal(quantizer.k_signs, hadamard_signs(head_dim, 5))
+    assert quantizer.v_signs is quantizer.k_signs
+    # Known by its entries.
+    given = tq4.Quantizer(head_dim, rotation="haar", v_rotation=hadamard(head_dim, 7).double())
+    assert given.k_signs is None and torch.equal(given.v_signs, hadamard_signs(head_dim, 7))
+    assert tq4.Quantizer(head_dim, rotation=None).k_signs is None
+    # The matrix is found, not made again, by copies too.
+    for other in (quantizer, given, copy.deepcopy(quantizer), pickle.loads(pickle.dumps(given))):
+        assert as_matrix(other.v_signs) is other.v_rotation
+
+
+def test_quantizer_of_fake_tensors():
+    with FakeTensorMode():
+        quantizer = tq4.Quantizer(64)
+    assert quantizer.k_signs.shape == (64,) and quantizer.k_rotation.shape == (64, 64)
+    assert torch.equal(tq4.Quantizer(64).k_rotation, hadamard(64)), "nothing fake was kept"
+
+
 def test_quantizer_moves():
     quantizer = tq4.Quantizer(64)
     assert quantizer.to("cpu") is quantizer
     moved = quantizer.to("meta")
     assert moved is not quantizer and moved.device.type == "meta" and quantizer.device.type == "cpu"
     assert moved.v_rotation is moved.k_rotation and moved.k_code_scale == quantizer.k_code_scale
+    assert moved.v_signs is moved.k_signs and moved.k_signs.device.type == "meta"
+    assert as_matrix(moved.k_signs) is moved.k_rotation
 
 
 @pytest.mark.parametrize(

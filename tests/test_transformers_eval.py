@@ -100,6 +100,12 @@ def test_eval(model_folder, tmp_path, few_decoded):
     for row in record["rows"]:
         assert row["ms"] > 0 and row["gbps"] > 0 and row["prefill_us"] > 0 and len(row["by_position"]) > 8
         assert row["hq"] == 2 and row["hkv"] == 1 and row["d"] == 64 and row["kv_len"] == 48
+    phases = ["load", "warm up", "windows", "decode", "pair windows", "generate"]
+    assert list(record["seconds"]) == phases
+    for phase in phases:
+        assert re.search(rf"^{phase}: \d+\.\d s", done.output, re.MULTILINE), done.output
+    assert "TQ4, norm correction " in done.output
+    assert re.search(r"^seconds: .*load", done.output, re.MULTILINE)
     assert plot.stat().st_size > 1000
 
 
@@ -297,6 +303,7 @@ def test_eval_compares_backends(model_folder, tmp_path, few_decoded, backends_to
     record = json.loads((tmp_path / "cpu-transformers.json").read_text())
     compared = record["backends"]
     assert compared["backends"] == ["reference", "other"] and compared["tokens"] == 10
+    assert list(record["seconds"])[-3:] == ["generate", "own caches", "one cache"]
     (pair,) = compared["own_caches"]
     assert pair == "reference, other" and set(compared["one_cache"]) == {pair}
     assert "own caches" in done.output and f"{compared['one_cache'][pair]:.4f}" in done.output

@@ -5,8 +5,8 @@ raises a TypeError (wrong dtype) or a ValueError (anything else) that names the 
 and what came.
 
 The checks look at metadata only (dtype, shape, strides, device): no tensor operation, no synchronisation, a
-few microseconds.  Contents (block_table, slot_mapping, lengths) are checked as well where that is free, on
-CPU tensors, and on CUDA tensors with ``TQ4_DEBUG=1``, which synchronises.
+few microseconds.  Contents (block_table, slot_mapping, lengths, signs) are checked as well where that is
+free, on CPU tensors, and on CUDA tensors with ``TQ4_DEBUG=1``, which synchronises.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from . import dispatch
 from .layout import ALIGNMENT, HEAD_DIMS, NUM_BOUNDARIES, NUM_CENTROIDS, PageView, page_view
+from .rotation import has_hadamard
 
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _QUERY_DTYPES = (torch.float16, torch.bfloat16)
@@ -42,7 +43,7 @@ def check_store(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) slot.
+        ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) sign or slot.
     """
     device = key.device
     tokens, heads, dim = _vectors("key", key, _INPUT_DTYPES)
@@ -73,6 +74,8 @@ def check_store(
         v_boundaries=v_boundaries,
     )
     if _contents(device):
+        _signs("k_rotation", k_rotation)
+        _signs("v_rotation", v_rotation)
         _slots(slot_mapping, view)
     return view
 
@@ -96,7 +99,8 @@ def check_gather(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) block, length or start.
+        ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) sign, block, length
+            or start.
     """
     device = cache.device
     total, heads, dim = _vectors("key", key, _INPUT_DTYPES)
@@ -125,6 +129,8 @@ def check_gather(
         value=value,
     )
     if _contents(device):
+        _signs("k_rotation", k_rotation)
+        _signs("v_rotation", v_rotation)
         lengths = _lengths(block_table, seq_lens, view)
         starts = out_start_loc.tolist()
         _monotonic("out_start_loc", starts, total, "rows of key")
@@ -149,7 +155,7 @@ def check_compress(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, stride or device.
+        ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) sign.
     """
     tokens, heads, dim = _vectors("x", x, _INPUT_DTYPES)
     _rotation("rotation", rotation, dim)
@@ -165,6 +171,8 @@ def check_compress(
         packed=packed,
         norms=norms,
     )
+    if _contents(x.device):
+        _signs("rotation", rotation)
 
 
 def check_decompress(
@@ -178,7 +186,7 @@ def check_decompress(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, stride or device.
+        ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) sign.
     """
     tokens, heads, dim = _vectors("out", out, _INPUT_DTYPES)
     _contiguous("out", out)
@@ -186,6 +194,8 @@ def check_decompress(
     _table("centroids", centroids, NUM_CENTROIDS)
     _packed_pair(packed, norms, (tokens, heads, dim))
     _devices(packed.device, "packed", norms=norms, rotation=rotation, centroids=centroids, out=out)
+    if _contents(packed.device):
+        _signs("rotation", rotation)
 
 
 def check_attention(
@@ -219,7 +229,8 @@ def check_attention(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, stride, device or number, or (CPU or TQ4_DEBUG=1) block, length or start.
+        ValueError: a wrong shape, stride, device or number, or (CPU or TQ4_DEBUG=1) sign, block, length
+            or start.
     """
     tokens, heads, dim = _vectors("q", q, _QUERY_DTYPES)
     if num_kv_heads < 1:
@@ -283,6 +294,8 @@ def check_attention(
     if max_query_len < -1 or (max_query_len == -1 and query_start_loc is None):
         raise ValueError(f"max_query_len: expected a number of tokens (-1 = unknown), got {max_query_len}")
     if _contents(q.device):
+        _signs("q_rotation", q_rotation)
+        _signs("out_rotation", out_rotation)
         _lengths(block_table, seq_lens, view)
         if query_start_loc is not None:
             starts = query_start_loc.tolist()
@@ -417,10 +430,20 @@ def _starts(name: str, starts: torch.Tensor, seqs: int) -> None:
 
 
 def _rotation(name: str, rotation: torch.Tensor | None, head_dim: int) -> None:
-    if rotation is None or _is(rotation, torch.float32, (head_dim, head_dim)):
+    """A matrix, or the signs of a Hadamard rotation."""
+    if rotation is None:
+        return
+    signs = rotation.dim() == 1 and has_hadamard(head_dim)
+    shape = (head_dim,) if signs else (head_dim, head_dim)
+    if _is(rotation, torch.float32, shape):
         return
     _dtype(name, rotation, (torch.float32,))
-    _shape(name, rotation, (head_dim, head_dim), "[head_dim, head_dim]")
+    if rotation.dim() == 1 and not signs:
+        raise ValueError(
+            f"{name}: expected a matrix [head_dim, head_dim] = {list(shape)}, as only powers of two have "
+            f"Hadamard rotations, which signs stand for, got {list(rotation.shape)}"
+        )
+    _shape(name, rotation, shape, "[head_dim]" if signs else "[head_dim, head_dim]")
     _contiguous(name, rotation)
 
 
@@ -461,6 +484,15 @@ def _positive(name: str, number: float) -> None:
 
 
 # ---- Contents.
+
+
+def _signs(name: str, rotation: torch.Tensor | None) -> None:
+    if rotation is None or rotation.dim() != 1:
+        return
+    bad = (rotation.abs() != 1.0).nonzero()
+    if bad.shape[0]:
+        index = int(bad[0, 0])
+        raise ValueError(f"{name}: expected signs +1 or -1, got {float(rotation[index])} at index {index}")
 
 
 def _monotonic(name: str, starts: list[int], limit: int, of: str) -> None:

@@ -151,7 +151,7 @@ def evaluate(
         list[Path], typer.Option(help="A text file; may be repeated.", exists=True, dir_okay=False)
     ],
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 8192,
-    windows: Annotated[int, typer.Option(min=1, help="At most so many windows.")] = 4,
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows.")] = 8,
     pair_windows: Annotated[
         int,
         typer.Option(
@@ -159,7 +159,7 @@ def evaluate(
             help="Windows on which INT8 and fp16 scores are compared; only these two read those past "
             "--windows.",
         ),
-    ] = 0,
+    ] = 24,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of one forward call.")] = 1024,
     edge: Annotated[int, typer.Option(min=1, help="Layers at each end in 'edge layers dense'.")] = 1,
     backends: Annotated[str, typer.Option(help="Compare these, such as cuda,triton,reference.")] = "",
@@ -179,6 +179,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Perplexity and agreement of a language model on a TQ4 cache, against dense and other 4-bit caches.
+
+    The seconds of each phase go to stderr as it ends: fewer windows, tokens to generate or backends take
+    less.
 
     Needs transformers: pip install tq4[transformers].
     """

@@ -10,6 +10,9 @@ message
 
 Where the last dimension of an *input* is not contiguous it is copied; an ``out`` must be usable as it is.
 
+:func:`store`, :func:`compress` and :func:`decode` hand the ops the signs of a quantiser's Hadamard rotation
+where it has one, the others its matrix (:mod:`tq4.rotation`); results do not depend on it beyond rounding.
+
 Symbols: T tokens, B sequences, Hq query heads, Hkv KV heads, D head_dim.  The byte format is specified in
 :mod:`tq4.layout`, the arithmetic in :mod:`tq4.backends.reference`.
 """
@@ -53,13 +56,14 @@ def store(
     value = _input("value", value)
     tensor, _ = _cache(cache, key.shape[1] if key.dim() == 3 else None)
     _head_dim("key", key, quantizer)
+    k_rotation, v_rotation = _rotations(quantizer, signs=True)
     torch.ops.tq4.store.default(
         key,
         value,
         tensor,
         _tensor("slot_mapping", slot_mapping),
-        quantizer.k_rotation if rotate_k else None,
-        quantizer.v_rotation if rotate_v else None,
+        k_rotation if rotate_k else None,
+        v_rotation if rotate_v else None,
         quantizer.k_centroids,
         quantizer.k_boundaries,
         quantizer.v_centroids,
@@ -158,7 +162,7 @@ def compress(
     """
     x = _input("x", x)
     _head_dim("x", x, quantizer)
-    rotation, centroids, boundaries = _side(quantizer, which)
+    rotation, centroids, boundaries = _side(quantizer, which, signs=True)
     if out is None:
         shape = x.shape[:-1]
         packed = torch.empty((*shape, code_bytes(quantizer.head_dim)), dtype=torch.uint8, device=x.device)
@@ -206,7 +210,7 @@ def decompress(
     """
     packed = _tensor("packed", packed).contiguous()
     norms = _tensor("norms", norms).contiguous()
-    rotation, centroids, _ = _side(quantizer, which)
+    rotation, centroids, _ = _side(quantizer, which, signs=False)
     if out is None:
         out = torch.empty((*packed.shape[:-1], quantizer.head_dim), dtype=dtype, device=packed.device)
     torch.ops.tq4.decompress.default(
@@ -286,6 +290,7 @@ def prefill(
     """
     return _attention(
         torch.ops.tq4.prefill.default,
+        False,
         q,
         cache,
         block_table,
@@ -347,6 +352,7 @@ def decode(
     """
     return _attention(
         torch.ops.tq4.decode.default,
+        True,
         q,
         cache,
         block_table,
@@ -371,6 +377,7 @@ def decode(
 
 def _attention(
     op: torch._ops.OpOverload,
+    signs: bool,
     q: torch.Tensor,
     cache: Cache,
     block_table: torch.Tensor,
@@ -399,14 +406,15 @@ def _attention(
     lse = None
     if return_lse:
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    q_rotation, out_rotation = _rotations(quantizer, signs)
     op(
         q,
         tensor,
         _tensor("block_table", block_table),
         _tensor("seq_lens", seq_lens),
         query_start_loc,
-        quantizer.k_rotation if rotate_q else None,
-        quantizer.v_rotation if rotate_out else None,
+        q_rotation if rotate_q else None,
+        out_rotation if rotate_out else None,
         quantizer.k_centroids,
         quantizer.k_codes,
         quantizer.k_code_scale,
@@ -469,12 +477,24 @@ def _cache(cache: Cache, num_kv_heads: int | None) -> tuple[torch.Tensor, int]:
     return cache, num_kv_heads
 
 
-def _side(quantizer: Quantizer, which: str) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+def _rotations(quantizer: Quantizer, signs: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The rotations of K and V; where ``signs``, as signs if they have some."""
+    k, v = quantizer.k_rotation, quantizer.v_rotation
+    if signs:
+        k = k if quantizer.k_signs is None else quantizer.k_signs
+        v = v if quantizer.v_signs is None else quantizer.v_signs
+    return k, v
+
+
+def _side(
+    quantizer: Quantizer, which: str, signs: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Rotation, centroids and boundaries of K or V."""
     if not isinstance(quantizer, Quantizer):
         raise TypeError(f"quantizer: expected a tq4.Quantizer, got {type(quantizer).__name__}")
+    k_rotation, v_rotation = _rotations(quantizer, signs)
     if which == "k":
-        return quantizer.k_rotation, quantizer.k_centroids, quantizer.k_boundaries
+        return k_rotation, quantizer.k_centroids, quantizer.k_boundaries
     if which == "v":
-        return quantizer.v_rotation, quantizer.v_centroids, quantizer.v_boundaries
+        return v_rotation, quantizer.v_centroids, quantizer.v_boundaries
     raise ValueError(f"which: expected 'k' or 'v', got {which!r}")

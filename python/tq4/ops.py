@@ -7,6 +7,10 @@ All ops write into their mutable arguments, marked ``(a!)``, and return nothing.
 1 cuda, 2 cuda-sm80 (the extension restricted to its portable kernels), 3 triton, 4 reference; see
 :mod:`tq4.dispatch`. Each call is validated by :mod:`tq4.checks`, then handed to the module of the backend.
 
+A rotation is fp32 ``[D, D]``, or the signs of a randomised Hadamard rotation, fp32 ``[D]`` with D a power of
+two (:mod:`tq4.rotation`), or None where the vectors come rotated already.  Signs are what the CUDA kernels of
+store, compress and decode read fastest; every op and backend takes both.
+
 Symbols: T tokens, B sequences, Hq query heads, Hkv KV heads, D head_dim.
 """
 
@@ -28,7 +32,7 @@ _ATTENTION = (
 
 #: Arguments of each op, without the trailing ``backend`` (tq4) or ``path`` (tq4_cuda).
 SCHEMAS = {
-    # key, value [T, Hkv, D]; slot_mapping int64 [T]; rotations fp32 [D, D] or None (already rotated).
+    # key, value [T, Hkv, D]; slot_mapping int64 [T]; rotations fp32 [D, D] or [D], or None (already rotated).
     "store": (
         "Tensor key, Tensor value, Tensor(a!) cache, Tensor slot_mapping, Tensor? k_rotation, "
         "Tensor? v_rotation, Tensor k_centroids, Tensor k_boundaries, Tensor v_centroids, "

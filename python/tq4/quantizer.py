@@ -10,7 +10,7 @@ import torch
 
 from . import codebook
 from .layout import HEAD_DIMS, NUM_CENTROIDS
-from .rotation import make_rotation
+from .rotation import attach, hadamard_signs, has_hadamard, make_rotation, signs_of
 
 Rotation = str | torch.Tensor | None
 Centroids = Sequence[float] | torch.Tensor | None
@@ -35,10 +35,14 @@ class Quantizer:
 
     Attributes:
         k_rotation, v_rotation: fp32 ``[D, D]`` or None; a row vector is rotated by ``x @ R.T``.
+        k_signs, v_signs: fp32 ``[D]``, the signs of a rotation that is a randomised Hadamard matrix, however
+            it was given; None of any other.  The ops take them in place of the matrix (:mod:`tq4.rotation`).
         k_centroids, v_centroids: fp32 ``[16]``.
         k_boundaries, v_boundaries: fp32 ``[15]``, midpoints of the centroids.
         k_codes: int8 ``[16]``; ``k_centroids ~= k_codes * k_code_scale``.
         k_code_scale: float.
+
+    The tensors are shared with the ops' callers and never to be written.
 
     Raises:
         ValueError: naming the argument.
@@ -61,15 +65,15 @@ class Quantizer:
             raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {head_dim}")
         self.head_dim = head_dim
         self.norm_correction = bool(norm_correction)
-        k_rot = _rotation_tensor("rotation", rotation, head_dim, seed)
+        k_rot = _rotation_tensors("rotation", rotation, head_dim, seed)
         same = isinstance(v_rotation, str) and v_rotation == _SAME
-        v_rot = k_rot if same else _rotation_tensor("v_rotation", v_rotation, head_dim, seed)
+        v_rot = k_rot if same else _rotation_tensors("v_rotation", v_rotation, head_dim, seed)
         k_values = _centroid_values("k_centroids", k_centroids, head_dim)
         v_values = _centroid_values("v_centroids", v_centroids, head_dim)
         codes = codebook.int8_codes(k_values, head_dim)
         self.k_code_scale = codes.scale
-        self.k_rotation = k_rot
-        self.v_rotation = v_rot
+        self.k_rotation, self.k_signs = k_rot
+        self.v_rotation, self.v_signs = v_rot
         self.k_centroids = _fp32(k_values)
         self.k_boundaries = _fp32(codebook.boundaries(k_values))
         self.v_centroids = _fp32(v_values)
@@ -100,7 +104,10 @@ class Quantizer:
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.to(device))
         if shared:
-            self.v_rotation = self.k_rotation
+            self.v_rotation, self.v_signs = self.k_rotation, self.k_signs
+        for signs, matrix in ((self.k_signs, self.k_rotation), (self.v_signs, self.v_rotation)):
+            if signs is not None:
+                attach(signs, matrix)
 
     def __repr__(self) -> str:
         return (
@@ -114,11 +121,17 @@ def _fp32(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-def _rotation_tensor(name: str, rotation: Rotation, head_dim: int, seed: int) -> torch.Tensor | None:
+def _rotation_tensors(
+    name: str, rotation: Rotation, head_dim: int, seed: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The matrix, and its signs where it is a randomised Hadamard rotation."""
     if rotation is None:
-        return None
+        return None, None
     if isinstance(rotation, str):
-        return make_rotation(rotation, head_dim, seed)
+        # By its name, not its entries, which fake tensors do not have.
+        named = rotation == "hadamard" and has_hadamard(head_dim)
+        signs = hadamard_signs(head_dim, seed) if named else None
+        return make_rotation(rotation, head_dim, seed), signs
     if not isinstance(rotation, torch.Tensor) or not rotation.is_floating_point():
         raise TypeError(f"{name}: expected a name, a floating-point tensor or None, got {rotation!r}")
     if tuple(rotation.shape) != (head_dim, head_dim):
@@ -128,7 +141,7 @@ def _rotation_tensor(name: str, rotation: Rotation, head_dim: int, seed: int) ->
     error = float((wide @ wide.T - torch.eye(head_dim, dtype=torch.float64, device="cpu")).abs().max())
     if not error < 1e-3:
         raise ValueError(f"{name}: expected an orthogonal matrix, got |R R^T - I| up to {error:.3g}")
-    return matrix
+    return matrix, signs_of(matrix)
 
 
 def _centroid_values(name: str, values: Centroids, head_dim: int) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ class Attention:
         block_table: int32 ``[B, columns]``.
         seq_lens: int32 ``[B]``.
         query_start_loc: int32 ``[B + 1]``; None in decode: one token a sequence.
-        q_rotation, out_rotation: fp32 ``[D, D]`` or None.
+        q_rotation, out_rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard rotation, or None.
         k_centroids, v_centroids: fp32 ``[16]``.
         k_codes, k_code_scale: int8 ``[16]`` and its scale, for INT8 scores.
         lse: fp32 ``[Hq, T]`` or None.
@@ -67,7 +67,8 @@ class Attention:
         num_kv_heads: int,
         **options: Any,
     ) -> Attention:
-        """With a quantiser's tables, an uninitialised ``out``, and the default scale of the scores."""
+        """With a quantiser's tables (rotations as matrices), an uninitialised ``out``, and the default scale
+        of the scores."""
         defaults = {"out": torch.empty_like(q), "lse": None, "sinks": None, "sm_scale": q.shape[-1] ** -0.5}
         return cls(
             q,

@@ -7,12 +7,14 @@ is remembered as a reason, never raised on import.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..rotation import as_matrix
 from .choices import choice, decodes_short_queries
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -113,8 +115,14 @@ def _vectorised(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _matrix(rotation: torch.Tensor | None) -> torch.Tensor | None:
+def _rotation(rotation: torch.Tensor | None) -> torch.Tensor | None:
+    """A matrix or signs, for the kernels that take either (store, compress, decode)."""
     return None if rotation is None else _vectorised(rotation)
+
+
+def _matrix(rotation: torch.Tensor | None) -> torch.Tensor | None:
+    """A matrix, for the others."""
+    return _rotation(as_matrix(rotation))
 
 
 def _copy_back(target: torch.Tensor, written: torch.Tensor) -> None:
@@ -142,8 +150,8 @@ def store(
         _vectorised(value),
         cache,
         slot_mapping,
-        _matrix(k_rotation),
-        _matrix(v_rotation),
+        _rotation(k_rotation),
+        _rotation(v_rotation),
         k_centroids,
         k_boundaries,
         v_centroids,
@@ -196,7 +204,7 @@ def compress(
     """torch.ops.tq4.compress by the extension; one kernel serves every architecture, whatever the path."""
     fast_packed = _vectorised(packed)
     torch.ops.tq4_cuda.compress.default(
-        _vectorised(x), _matrix(rotation), centroids, boundaries, fast_packed, norms, norm_correction
+        _vectorised(x), _rotation(rotation), centroids, boundaries, fast_packed, norms, norm_correction
     )
     _copy_back(packed, fast_packed)
 
@@ -229,19 +237,23 @@ def prefill(**arguments: Any) -> None:
     """torch.ops.tq4.prefill by the extension; ``path=1`` restricts it to the portable kernels."""
     short = 0 if decodes_short_queries() else _NO_DECODE
     arguments["path"] = arguments.get("path", 0) + _unpack() + short
-    _attend(torch.ops.tq4_cuda.prefill.default, arguments)
+    _attend(torch.ops.tq4_cuda.prefill.default, arguments, _matrix)
 
 
 def decode(**arguments: Any) -> None:
     """torch.ops.tq4.decode by the extension; ``path=1`` restricts it to the portable kernels."""
-    _attend(torch.ops.tq4_cuda.decode.default, arguments)
+    _attend(torch.ops.tq4_cuda.decode.default, arguments, _rotation)
 
 
-def _attend(op: torch._ops.OpOverload, arguments: dict[str, Any]) -> None:
+def _attend(
+    op: torch._ops.OpOverload,
+    arguments: dict[str, Any],
+    rotation: Callable[[torch.Tensor | None], torch.Tensor | None],
+) -> None:
     out = arguments["out"]
     arguments["q"] = _vectorised(arguments["q"])
     arguments["out"] = _vectorised(out)
-    arguments["q_rotation"] = _matrix(arguments["q_rotation"])
-    arguments["out_rotation"] = _matrix(arguments["out_rotation"])
+    arguments["q_rotation"] = rotation(arguments["q_rotation"])
+    arguments["out_rotation"] = rotation(arguments["out_rotation"])
     op(**arguments)
     _copy_back(out, arguments["out"])

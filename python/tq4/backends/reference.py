@@ -21,11 +21,13 @@ Symbols: T tokens, B sequences, Hq query heads, Hkv KV heads, D head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..layout import NORM_BYTES, NORM_EPSILON, PageView, code_bytes, page_view
+from ..rotation import as_matrix
 
 #: Largest number of elements of a score matrix, and of the keys decoded at once: bounds the memory of a call.
 MAX_ELEMENTS = 1 << 24
@@ -62,16 +64,14 @@ def _fields(cache: torch.Tensor, view: PageView) -> _Fields:
 
 def _rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
     """Rows of x times ``rotation.T``, fp32."""
-    if rotation is None:
-        return x.float()
-    return (x.double() @ rotation.double().T).float()
+    matrix = as_matrix(rotation)
+    return x.float() if matrix is None else (x.double() @ matrix.double().T).float()
 
 
 def _rotate_back(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
     """Rows of x times ``rotation``, in the dtype of x."""
-    if rotation is None:
-        return x
-    return (x.double() @ rotation.double()).to(x.dtype)
+    matrix = as_matrix(rotation)
+    return x if matrix is None else (x.double() @ matrix.double()).to(x.dtype)
 
 
 # ---- One vector.
@@ -88,7 +88,7 @@ def encode(
 
     Args:
         x: ``[..., D]``, any floating dtype.
-        rotation: fp32 ``[D, D]`` or None (x is rotated already).
+        rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard one, or None (x is rotated already).
         centroids: fp32 ``[16]``.
         boundaries: fp32 ``[15]``.
         norm_correction: store the norm that gives the decoded vector the norm of x.
@@ -122,7 +122,7 @@ def decode_vectors(
     Args:
         codes: uint8 ``[..., D / 2]``.
         norms: fp32 ``[...]``.
-        rotation: fp32 ``[D, D]``, or None to stay in rotated space.
+        rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard one, or None to stay in rotated space.
         centroids: fp32 ``[16]``.
 
     Returns:
@@ -304,8 +304,9 @@ def attention(
         block_table: int32 ``[B, max_blocks]``; entries past a sequence's last page are never used.
         seq_lens: int32 ``[B]``, keys of each sequence including those of its queries.
         query_start_loc: int32 ``[B + 1]``, or None for one query a sequence.
-        q_rotation: fp32 ``[D, D]``, or None when q is rotated already.
-        out_rotation: fp32 ``[D, D]``, or None to leave the output rotated.
+        q_rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard one, or None when q is rotated
+            already.
+        out_rotation: the same, or None to leave the output rotated.
         k_centroids, v_centroids: fp32 ``[16]``.
         num_kv_heads: Hkv.
         sm_scale: factor of the scores; default ``1 / sqrt(D)``.
@@ -322,6 +323,7 @@ def attention(
     num_tokens, num_q_heads, head_dim = q.shape
     view = page_view(cache, num_kv_heads, head_dim)
     fields = _fields(cache, view)
+    q_rotation, out_rotation = as_matrix(q_rotation), as_matrix(out_rotation)
     lengths = seq_lens.tolist()
     starts = list(range(len(lengths) + 1)) if query_start_loc is None else query_start_loc.tolist()
     scale = 1.0 / math.sqrt(head_dim) if sm_scale is None else sm_scale
@@ -332,12 +334,11 @@ def attention(
     lse = torch.full((num_q_heads, total), -math.inf, dtype=compute, device=q.device)
     if sinks is not None:
         lse[:] = sinks.to(compute)[:, None]
-    for seq, length in enumerate(lengths):
-        start, stop = starts[seq], min(starts[seq + 1], total)
-        if stop <= start or length == 0:
-            continue
-        pages = _pages(block_table[seq], 0, length, view)
-        heads_at_once = max(1, min(num_kv_heads, MAX_ELEMENTS // (length * head_dim)))
+    for seqs, length, tokens, count in _alike(lengths, starts, total, num_kv_heads * head_dim, num_q_heads):
+        first_rows = torch.tensor([starts[seq] for seq in seqs], device=q.device)
+        places = first_rows[:, None] + torch.arange(count, device=q.device)  # in q: [sequences, count]
+        pages = _pages(block_table[seqs], 0, length, view)
+        heads_at_once = max(1, min(num_kv_heads, MAX_ELEMENTS // (len(seqs) * length * head_dim)))
         for first in range(0, num_kv_heads, heads_at_once):
             heads = slice(first, min(first + heads_at_once, num_kv_heads))
             k_index, k_norms = _keys(fields.k_codes, fields.k_norms, pages, length, heads)
@@ -348,13 +349,12 @@ def attention(
             else:
                 keys = int8[0].to(compute)[k_index]
                 values = (v_centroids.half().float()[v_index] * v_norms[..., None]).half().float()
-            count = keys.shape[0]
-            rows_at_once = max(1, MAX_ELEMENTS // (count * group * length))
-            for row in range(start, stop, rows_at_once):
-                rows = slice(row, min(row + rows_at_once, stop))
+            rows_at_once = max(1, MAX_ELEMENTS // (k_norms.numel() * group))
+            for row in range(0, count, rows_at_once):
+                rows = places[:, row : row + rows_at_once]
                 q_heads = slice(heads.start * group, heads.stop * group)
-                # [heads, group, rows, D]: query head h reads KV head h // group.
-                queries = q[rows, q_heads].transpose(0, 1).unflatten(0, (count, group))
+                # [sequences, heads, group, rows, D]: query head h reads KV head h // group.
+                queries = q[rows][:, :, q_heads].transpose(1, 2).unflatten(1, (-1, group))
                 # [1] rotate
                 if q_rotation is None:
                     queries = queries.to(compute)
@@ -362,29 +362,29 @@ def attention(
                     queries = (queries.double() @ q_rotation.double().T).to(compute)
                 # [2] quantise, [3] scores
                 if int8 is None:
-                    scores = (queries @ keys[:, None].transpose(-1, -2)) * scale
+                    scores = (queries @ keys[:, :, None].transpose(-1, -2)) * scale
                 else:
                     codes, steps = quantise_queries(queries)
                     # |q8 . k8| <= 127 * 127 * 256 < 2^24: exact in fp32 (and in TF32 with fp32 accumulation).
-                    dots = codes @ keys[:, None].transpose(-1, -2)
-                    scores = dots * (steps * (int8[1] * scale))[..., None] * k_norms[:, None, None]
+                    dots = codes @ keys[:, :, None].transpose(-1, -2)
+                    scores = dots * (steps * (int8[1] * scale))[..., None] * k_norms[:, :, None, None]
                 # [4] mask
                 if softcap > 0.0:
                     scores = softcap * torch.tanh(scores / softcap)
-                positions = torch.arange(rows.start - start, rows.stop - start, device=q.device)
-                visible = _visible(positions + length - (starts[seq + 1] - start), length, causal, window)
+                positions = torch.arange(row, row + rows.shape[1], device=q.device) + length - tokens
+                visible = _visible(positions, length, causal, window)
                 scores = scores.masked_fill(~visible, -math.inf)
                 # [5] softmax
-                sink = None if sinks is None else sinks[q_heads].to(compute).view(count, group, 1)
+                sink = None if sinks is None else sinks[q_heads].to(compute).view(-1, group, 1)
                 p, row_lse, denominator = _softmax(scores, sink)
                 # [6] values
                 if int8 is not None:
                     p = p.half().float()
-                o = (p @ values[:, None]) / denominator[..., None]
+                o = (p @ values[:, :, None]) / denominator[..., None]
                 # [7] rotate back
                 o = _rotate_back(o, out_rotation)
-                out[rows, q_heads] = o.flatten(0, 1).transpose(0, 1)
-                lse[q_heads, rows] = row_lse.flatten(0, 1)
+                out[rows, q_heads] = o.flatten(1, 2).transpose(1, 2)
+                lse[q_heads, rows] = row_lse.flatten(1, 2).transpose(0, 1)
     return out.to(dtype), lse.to(dtype)
 
 
@@ -441,26 +441,53 @@ def _visible(positions: torch.Tensor, length: int, causal: bool, window: tuple[i
     return visible
 
 
-def _pages(row: torch.Tensor, first: int, stop: int, view: PageView) -> torch.Tensor:
-    """Blocks that hold tokens first .. stop - 1 of a sequence (first is a multiple of block_size)."""
-    return row[first // view.block_size : -(-stop // view.block_size)].long()
+def _alike(
+    lengths: list[int], starts: list[int], total: int, key_elements: int, num_q_heads: int
+) -> Iterator[tuple[list[int], int, int, int]]:
+    """Sequences with as many keys and queries as each other, so many together as MAX_ELEMENTS allows.
+
+    Decoding a batch otherwise takes the same small steps for each of its sequences.
+
+    Args:
+        lengths, starts: seq_lens and query_start_loc.
+        total: rows of q.
+        key_elements: of one token's keys.
+        num_q_heads: Hq.
+
+    Yields:
+        The sequences, their keys, their queries, and how many of these are within ``total``.
+    """
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for seq, length in enumerate(lengths):
+        start, stop = starts[seq], starts[seq + 1]
+        if length > 0 and min(stop, total) > start:
+            groups.setdefault((length, stop - start, min(stop, total) - start), []).append(seq)
+    for (length, tokens, count), seqs in groups.items():
+        at_once = max(1, MAX_ELEMENTS // (length * max(key_elements, num_q_heads * count)))
+        for first in range(0, len(seqs), at_once):
+            yield seqs[first : first + at_once], length, tokens, count
+
+
+def _pages(rows: torch.Tensor, first: int, stop: int, view: PageView) -> torch.Tensor:
+    """Blocks that hold tokens first .. stop - 1 of some sequences (first is a multiple of block_size)."""
+    return rows[..., first // view.block_size : -(-stop // view.block_size)].long()
 
 
 def _read(
     codes: torch.Tensor, norms: torch.Tensor, pages: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[size, Hkv, D / 2]`` and norms ``[size, Hkv]`` of the first tokens of some pages.
+    """Codes ``[..., size, Hkv, D / 2]`` and norms ``[..., size, Hkv]`` of the first tokens of some pages.
 
     The rest of the last page is dropped before anything is computed from it: its bytes are garbage.
     """
-    code_rows = codes[pages].flatten(0, 1)[:size]
-    norm_rows = norms[pages].flatten(0, 1)[:size].contiguous().view(torch.float32)[..., 0]
+    code_rows = codes[pages].flatten(-4, -3)[..., :size, :, :]
+    norm_rows = norms[pages].flatten(-4, -3)[..., :size, :, :].contiguous().view(torch.float32)[..., 0]
     return code_rows, norm_rows
 
 
 def _keys(
     codes: torch.Tensor, norms: torch.Tensor, pages: torch.Tensor, length: int, heads: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices ``[heads, length, D]`` and norms ``[heads, length]`` of a sequence."""
+    """Indices ``[..., heads, length, D]`` and norms ``[..., heads, length]`` of sequences."""
     code_rows, norm_rows = _read(codes[:, :, heads], norms[:, :, heads], pages, length)
-    return unpack(code_rows.transpose(0, 1)), norm_rows.transpose(0, 1)
+    return unpack(code_rows.transpose(-3, -2)), norm_rows.transpose(-2, -1)

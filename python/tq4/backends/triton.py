@@ -19,6 +19,7 @@ import triton
 
 from ..layout import ALIGNMENT as WORD_BYTES
 from ..layout import NORM_EPSILON, PageView, code_bytes, page_view
+from ..rotation import as_matrix
 from ..triton_kernels.common import Pages
 from ..triton_kernels.configs import (
     MAX_DECODE_ROWS,
@@ -150,8 +151,8 @@ def store_launches(
                 "value": value,
                 "cache": cache,
                 "slot_mapping": slot_mapping,
-                "k_rotation": k_rotation,
-                "v_rotation": v_rotation,
+                "k_rotation": as_matrix(k_rotation),
+                "v_rotation": as_matrix(v_rotation),
                 "k_centroids": k_centroids,
                 "k_boundaries": k_boundaries,
                 "v_centroids": v_centroids,
@@ -227,7 +228,7 @@ def compress_launches(
             (triton.cdiv(num_rows, config.rows),),
             {
                 "x": x,
-                "rotation": rotation,
+                "rotation": as_matrix(rotation),
                 "centroids": centroids,
                 "boundaries": boundaries,
                 "packed": packed,
@@ -292,8 +293,8 @@ def gather_launches(
                 "block_table": block_table,
                 "seq_lens": seq_lens,
                 "out_start_loc": out_start_loc,
-                "k_rotation": k_rotation,
-                "v_rotation": v_rotation,
+                "k_rotation": as_matrix(k_rotation),
+                "v_rotation": as_matrix(v_rotation),
                 "k_centroids": k_centroids,
                 "v_centroids": v_centroids,
                 "key": key,
@@ -368,7 +369,7 @@ def decompress_launches(
             {
                 "packed": packed,
                 "norms": norms,
-                "rotation": rotation,
+                "rotation": as_matrix(rotation),
                 "centroids": centroids,
                 "out": out,
                 "num_rows": num_rows,
@@ -430,7 +431,7 @@ def _rotated_queries(
         (triton.cdiv(num_rows, config.rows),),
         {
             "q": q,
-            "rotation": rotation,
+            "rotation": as_matrix(rotation),
             "rotated": rotated,
             "row_scale": row_scale,
             "num_rows": num_rows,
@@ -491,7 +492,7 @@ def _walk_arguments(
 def _result_arguments(a: Attention, config: PrefillConfig | DecodeConfig) -> dict[str, Any]:
     """What prefill_kernel and combine_kernel share: where results go, and how they are rotated back."""
     return {
-        "out_rotation": a.out_rotation,
+        "out_rotation": as_matrix(a.out_rotation),
         "out": a.out,
         "lse": a.lse,
         "sinks": a.sinks,

@@ -93,7 +93,7 @@ class _SharedCache(TQ4Cache):
 
 def steps(backends: list[str], tokens: int) -> int:
     """How often :func:`compare` reports progress."""
-    return (len(backends) + 1) * tokens if len(backends) > 1 else 0
+    return len(backends) * (2 * tokens + 1) if len(backends) > 1 else 0
 
 
 def compare(
@@ -112,7 +112,7 @@ def compare(
         text: ids ``[B, G]`` that follow the prompts.
         backends: names; the first one stores the cache that all read.
         options: of the :class:`~tq4.integrations.transformers.TQ4Cache`.
-        advance: called with a title before each of :func:`steps` steps.
+        advance: called with a title, "phase, backend", before each of :func:`steps` steps.
 
     Raises:
         ValueError: a prompt of one token.
@@ -127,6 +127,7 @@ def compare(
     result = Agreement(list(backends), text.numel())
     choices = {}
     for name in backends:
+        advance(f"own caches, {name}")
         cache = TQ4Cache(model, backend=name, **options)
         _choose(model, cache, start)
         chosen = []
@@ -156,12 +157,13 @@ def _take_turns(
     first, *others = backends
     chosen: dict[str, list[torch.Tensor]] = {name: [] for name in backends}
     for step, token in enumerate(fed.split(1, 1)):
-        advance("one cache")
         for name in others:
+            advance(f"one cache, {name}")
             cache.backend = name
             chosen[name].append(_choose(model, cache, token))
             cache.crop(-1)
         # The first one last: it overwrites what the others stored for this token.
+        advance(f"one cache, {first}")
         cache.backend = first
         cache.witnesses = tuple(others) if step % _ATTENTION_EVERY == 0 else ()
         chosen[first].append(_choose(model, cache, token))

@@ -43,8 +43,9 @@ class Settings:
         text: files, read one after the other.
         window: tokens of a window; each begins with an empty cache.
         windows: at most so many.
-        pair_windows: at most so many for the comparison of INT8 with fp16 scores, which needs many: those
-            past ``windows`` are read by these two caches alone.
+        pair_windows: at most so many for the comparison of INT8 with fp16 scores, which needs many (200K
+            tokens for a standard error of some 0.025 %): those past ``windows`` are read by these two caches
+            alone.
         chunk: tokens of one forward call.
         edge: layers at each end that the variant "edge layers dense" keeps dense.
         backends: one more TQ4 row for each; two or more are also compared on the dense cache's continuations.
@@ -56,8 +57,8 @@ class Settings:
     model: str
     text: list[Path]
     window: int = 8192
-    windows: int = 4
-    pair_windows: int = 0
+    windows: int = 8
+    pair_windows: int = 24
     chunk: int = 1024
     edge: int = 1
     backends: list[str] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Scores:
 
 @dataclass
 class Result:
-    """All variants, and what they were measured on; losses are in nats per ``unit``."""
+    """All variants, what they were measured on, and for how long; losses are in nats per ``unit``."""
 
     settings: Settings
     unit: str
@@ -122,17 +123,74 @@ class Result:
     variants: list[Variant]
     missing: list[str]
     scores: Scores
+    seconds: dict[str, float]  # of each phase
     backends: agreement.Agreement | None = None
 
 
+class _Phases:
+    """A progress bar of steps called "phase, what", and a line with the seconds of each phase as it ends.
+
+    A step lasts until the next one.  Nothing waits for the GPU within a phase, so that of steps which do not
+    either only the phase's sum is exact.
+    """
+
+    def __init__(self, progress: Progress, device: str) -> None:
+        self.progress = progress
+        self.device = torch.device(device)
+        self.task = progress.add_task("load", total=None)
+        self.seconds: dict[str, dict[str, float]] = {}
+        self._last = ("load", "")
+        self._since = time.perf_counter()
+
+    def begin(self, steps: int) -> None:
+        """How many steps there will be."""
+        self.progress.update(self.task, total=steps)
+
+    def __call__(self, title: str) -> None:
+        """The next step."""
+        phase, _, what = title.partition(", ")
+        self._end(phase)
+        self._last = (phase, what)
+        self.progress.update(self.task, description=title, advance=1)
+
+    def finish(self) -> dict[str, float]:
+        """The seconds of each phase; prints them."""
+        self._end(None)
+        sums = {phase: sum(steps.values()) for phase, steps in self.seconds.items()}
+        self._print("seconds", sums)
+        return sums
+
+    def _end(self, following: str | None) -> None:
+        phase, what = self._last
+        if phase != following:
+            _synchronise(self.device)
+        now = time.perf_counter()
+        steps = self.seconds.setdefault(phase, {})
+        steps[what] = steps.get(what, 0.0) + now - self._since
+        self._since = now
+        if phase != following:
+            self._print(phase, steps)
+
+    def _print(self, title: str, parts: dict[str, float]) -> None:
+        named = "; ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if name)
+        line = f"{title}: {sum(parts.values()):.1f} s" + (f" ({named})" if named else "")
+        self.progress.console.print(line, highlight=False, soft_wrap=True)
+
+
 def run(settings: Settings, console: Console | None = None) -> Result:
-    """Evaluate, with a progress bar.
+    """Evaluate, with a progress bar and the seconds of each phase, on stderr unless a console is given.
 
     Raises:
         ValueError: a setting, or a model without a tokenizer that is not byte-level.
         RuntimeError: no GPU, or a requested backend that cannot run.
     """
     _check(settings)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with torch.no_grad(), Progress(*columns, console=console or Console(stderr=True)) as progress:
+        return _run(settings, _Phases(progress, settings.device))
+
+
+def _run(settings: Settings, phases: _Phases) -> Result:
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
     model = model.to(settings.device).eval()
     ids, bytes_per_token = _tokens(settings, model)
@@ -143,32 +201,28 @@ def run(settings: Settings, console: Console | None = None) -> Result:
     pair = [variant for variant in variants if variant.name in (TQ4, FP16_SCORES)]
     free = [variant for variant in variants if variant.backend is None]
     chunks = [sum(-(-window.numel() // settings.chunk) for window in some) for some in (windows, more)]
-    total = (chunks[0] + 1) * len(variants) + chunks[1] * len(pair)
+    total = (chunks[0] + 2) * len(variants) + chunks[1] * len(pair)
     if settings.generate:
         total += len(free) + agreement.steps(settings.backends, settings.generate)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     compared = None
-    with torch.no_grad(), Progress(*columns, console=console or Console(stderr=True)) as progress:
-        task = progress.add_task("warm up", total=total)
-
-        def advance(title: str) -> None:
-            progress.update(task, description=title, advance=1)
-
-        for variant in variants:
-            _warm_up(model, variant, windows[0], settings)
-        for number, window in enumerate(windows, 1):
-            caches = _score(model, variants, window, settings, advance, f"window {number}")
-        for variant, cache in zip(variants, caches, strict=True):
-            advance(f"decode, {variant.name}")
-            _decode(model, variant, cache, windows[-1], settings)
-        del caches
-        pair = [replace(one, losses=list(one.losses), choices=list(one.choices)) for one in pair]
-        for number, window in enumerate(more, len(windows) + 1):
-            _score(model, pair, window, settings, advance, f"window {number}")
-        if settings.generate:
-            prompts, text = _generate(model, free, ids, settings, advance)
-            options = {"page_size": settings.page, "max_length": prompts.shape[1] + settings.generate}
-            compared = agreement.compare(model, prompts, text, settings.backends, options, advance)
+    phases.begin(total)
+    for variant in variants:
+        phases(f"warm up, {variant.name}")
+        _warm_up(model, variant, windows[0], settings)
+    for window in windows:
+        caches = _score(model, variants, window, settings, phases, "windows")
+    for variant, cache in zip(variants, caches, strict=True):
+        phases(f"decode, {variant.name}")
+        _decode(model, variant, cache, windows[-1], settings)
+    del caches
+    pair = [replace(one, losses=list(one.losses), choices=list(one.choices)) for one in pair]
+    for window in more:
+        _score(model, pair, window, settings, phases, "pair windows")
+    if settings.generate:
+        prompts, text = _generate(model, free, ids, settings, phases)
+        options = {"page_size": settings.page, "max_length": prompts.shape[1] + settings.generate}
+        compared = agreement.compare(model, prompts, text, settings.backends, options, phases)
+    seconds = phases.finish()
     _summarise(variants, bytes_per_token)
     config = model.config.get_text_config(decoder=True)
     shape = {
@@ -186,6 +240,7 @@ def run(settings: Settings, console: Console | None = None) -> Result:
         variants=variants,
         missing=missing,
         scores=_scores(*pair),
+        seconds=seconds,
         backends=compared,
     )
 

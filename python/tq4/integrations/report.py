@@ -154,6 +154,7 @@ def write(result: Result, path: Path) -> Path:
         "window_error": scores.window_error,
         "agreement": scores.agreement,
     }
+    head["seconds"] = {phase: round(seconds, 1) for phase, seconds in result.seconds.items()}
     head["backends"] = None if result.backends is None else asdict(result.backends)
     rows = [json.dumps(_row(result, variant)) for variant in result.variants]
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
