@@ -123,7 +123,10 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   const float centroid = side.centroids[lane % kNumCentroids];
   RotationKind kind = RotationKind::kNone;
   float gain = 1.f, rotation_scale = 1.f;
-  if (side.rotation != nullptr) {
+  if (side.signs) {
+    kind = RotationKind::kHadamard;
+    gain = side.entry / kGroupUnit;
+  } else if (side.rotation != nullptr) {
     const RotationScan scan = scan_rotation<C::kHeadDim>(side.rotation, &s_tables.scratch);
     kind = warp_uniform(scan.hadamard) ? RotationKind::kHadamard : RotationKind::kGeneral;
     rotation_scale = scale_of_rotation(scan.largest);

@@ -1,5 +1,6 @@
 // Arguments of encode_kernel, made from those of store or of compress.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -12,11 +13,22 @@
 
 namespace tq4 {
 
+// Magnitude of the entries of a rotation that is given by its signs.
+inline float check_signs(bool signs, int head_dim) {
+  if (signs && (head_dim & (head_dim - 1)) != 0) {
+    throw std::invalid_argument("rotation: there are no signs for head_dim " +
+                                std::to_string(head_dim));
+  }
+  return static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
+}
+
 // K or V.
 struct EncodeSide {
   const uint8_t* x;  // row (token, head) at token_stride, head_stride bytes
   int64_t token_stride, head_stride;
-  const float* rotation;    // [D, D] or null
+  const float* rotation;    // [D, D], or signs [D], or null
+  bool signs;               // whether it is signs,
+  float entry;              // then the magnitude of R's entries
   const float* centroids;   // [16]
   const float* boundaries;  // [15]
   uint8_t* codes;           // of slot 0, head 0
@@ -60,6 +72,8 @@ inline EncodeParams encode_params(const StoreParams& s) {
                 s.key_token_stride * bytes,
                 s.key_head_stride * bytes,
                 s.k_rotation,
+                s.k_rotation != nullptr && s.k_signs,
+                check_signs(s.k_signs, view.head_dim),
                 s.k_centroids,
                 s.k_boundaries,
                 view.base + view.k_codes,
@@ -68,6 +82,8 @@ inline EncodeParams encode_params(const StoreParams& s) {
                 s.value_token_stride * bytes,
                 s.value_head_stride * bytes,
                 s.v_rotation,
+                s.v_rotation != nullptr && s.v_signs,
+                check_signs(s.v_signs, view.head_dim),
                 s.v_centroids,
                 s.v_boundaries,
                 view.base + view.v_codes,
@@ -98,6 +114,8 @@ inline EncodeParams encode_params(const CompressParams& c) {
                 c.x_token_stride * bytes,
                 c.x_head_stride * bytes,
                 c.rotation,
+                c.rotation != nullptr && c.signs,
+                check_signs(c.signs, c.head_dim),
                 c.centroids,
                 c.boundaries,
                 c.packed,

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "../device/encode_kernel.cuh"
+#include "../device/encode_rows.cuh"
 #include "../device/launch.h"
 #include "head_dim.h"
 #include "store.h"
@@ -30,8 +31,19 @@ void launch_config(const EncodeParams& p, Stream stream) {
                 rotation_bytes + warps * params.tile_buffers * C::kTileBytes, stream, params);
 }
 
+// Rows few enough to be in flight all at once.
+bool few_rows(const EncodeRowsParams& rows, int num_sides) {
+  constexpr unsigned kCtasPerSm = 8;
+  return encode_rows_ctas(rows) * num_sides <= kCtasPerSm * device_properties().num_sms;
+}
+
 template <typename T>
 void launch_element(const EncodeParams& p, int head_dim, Stream stream) {
+  EncodeRowsParams rows;
+  if (make_encode_rows_params(rows, p, head_dim) && few_rows(rows, p.num_sides)) {
+    const dim3 grid(encode_rows_ctas(rows), p.num_sides);
+    return launch_kernel(encode_rows_kernel<T>, grid, kEncodeRowsThreads, 0, stream, rows);
+  }
   dispatch_head_dim(head_dim, [&](auto d) { launch_config<EncodeConfig<T, d>>(p, stream); });
 }
 
