@@ -35,6 +35,8 @@ struct EncodeSide {
   uint8_t* norms;
 };
 
+inline bool is_matrix(const EncodeSide& side) { return side.rotation != nullptr && !side.signs; }
+
 // Row (token, head) goes to slot = slot_mapping[token], that is block slot / block_size:
 //   codes  side.codes + block * code_block_stride + slot % block_size * code_token_stride + head *
 //   ...
@@ -51,6 +53,7 @@ struct EncodeParams {
   int32_t num_sides;   // 2: even CTAs encode K, odd ones V
   int32_t code_width;  // 16, 8 or 4: alignment of a row's codes
   int32_t tile_buffers = 1;  // tiles of x in shared memory, a warp: 1 or 2
+  bool has_matrix;           // a rotation is given as a matrix
   bool aligned_input;  // rows of x are 16-byte aligned
   bool norm_correction;
 };
@@ -101,6 +104,7 @@ inline EncodeParams encode_params(const StoreParams& s) {
   p.code_width = copy_width(view);
   p.aligned_input = is_aligned(s.key, p.sides[0].token_stride, p.sides[0].head_stride, 16) &&
                     is_aligned(s.value, p.sides[1].token_stride, p.sides[1].head_stride, 16);
+  p.has_matrix = is_matrix(p.sides[0]) || is_matrix(p.sides[1]);
   p.norm_correction = s.norm_correction;
   return p;
 }
@@ -130,6 +134,7 @@ inline EncodeParams encode_params(const CompressParams& c) {
   p.block = Divider::make(1);
   p.code_width = packed_width(c.packed, codes);
   p.aligned_input = is_aligned(c.x, p.sides[0].token_stride, p.sides[0].head_stride, 16);
+  p.has_matrix = is_matrix(p.sides[0]);
   p.norm_correction = c.norm_correction;
   return p;
 }

@@ -15,8 +15,7 @@ namespace {
 template <class C>
 void launch_config(const EncodeParams& p, Stream stream) {
   const DeviceProperties device = device_properties();
-  const bool rotated = p.sides[0].rotation != nullptr || p.sides[1].rotation != nullptr;
-  const int rotation_bytes = rotated ? static_cast<int>(sizeof(typename C::Rotation)) : 0;
+  const int rotation_bytes = p.has_matrix ? static_cast<int>(sizeof(typename C::Rotation)) : 0;
   constexpr int kStaticBytes = round_up(static_cast<int>(sizeof(EncodeTables)), 128);
   const int room = (device.max_smem_bytes - kStaticBytes - rotation_bytes) / C::kTileBytes;
   // An even number, so that the threads are a multiple of D / 4 (scan_rotation).
