@@ -14,7 +14,8 @@
 // is worked on.  With one, it is fetched once the products have consumed this one, behind the
 // quantiser.
 //
-// The rotation is recognised by its entries (rotation_fragments.cuh) and taken one of three ways:
+// The rotation is given by its signs, or recognised by its entries (rotation_fragments.cuh), and
+// taken one of three ways:
 //   none      block-diagonal identity: the products only move x into place
 //   Hadamard  H_D = H_32 (x) H_(D/32): two k16 steps a group of 32 dims, with the matrix' column
 //   signs

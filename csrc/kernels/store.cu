@@ -1,5 +1,5 @@
 // Launchers of store and compress: both are encode_kernel (device/encode_kernel.cuh) with different
-// row targets.
+// row targets or, for few rows and no matrix, encode_rows_kernel (device/encode_rows.cuh).
 #include <algorithm>
 #include <stdexcept>
 
@@ -32,8 +32,8 @@ void launch_config(const EncodeParams& p, Stream stream) {
 
 // Rows few enough to be in flight all at once.
 bool few_rows(const EncodeRowsParams& rows, int num_sides) {
-  constexpr unsigned kCtasPerSm = 8;
-  return encode_rows_ctas(rows) * num_sides <= kCtasPerSm * device_properties().num_sms;
+  const int64_t ctas = int64_t{encode_rows_ctas(rows)} * num_sides;
+  return ctas <= int64_t{kEncodeRowsCtas} * device_properties().num_sms;
 }
 
 template <typename T>
