@@ -23,7 +23,7 @@
 // intercept is lowered by one unit in the last place of r.
 //
 // Codebooks whose boundaries are too close for 29 cells, or not finite, or out of order (callers
-// may pass anything), are recognised by `exact` = false and take the plain count.
+// may pass anything), are recognised (has_own_cell) and take the plain count.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -53,7 +53,11 @@ TQ4_HOST_DEVICE CellAxis make_cell_axis(float first, float last) {
   const float cell = (last - first) * (1.f / (kCellSpan - 2.f));
   const float begin = first - cell, end = last + cell;
   CellAxis axis;
+#ifdef __CUDA_ARCH__
+  axis.scale = __fdividef(1.f, end - begin);  // any value near it will do
+#else
   axis.scale = 1.f / (end - begin);
+#endif
   axis.bias = -begin * axis.scale;
   axis.valid = cell > 0.f && cell <= kWidestCell && fabsf(axis.bias) <= 1e4f;
   return axis;
@@ -70,34 +74,44 @@ TQ4_HOST_DEVICE float boundary_position(const CellAxis& axis, float first, float
   return usable ? cell_position(axis, b) : -1.f;
 }
 
+// Number of the cell around u, rounded as in the kernel's inner loop.
+TQ4_HOST_DEVICE int cell_number(float u) { return static_cast<int>(rintf(u * kCellSpan)); }
+
+// A set of cells, one bit each.
+using CellSet = uint32_t;
+
+TQ4_HOST_DEVICE int cells_below(CellSet cells, int c) {
+  const CellSet below = cells & ((CellSet{1} << c) - 1);
+#ifdef __CUDA_ARCH__
+  return __popc(below);
+#else
+  int count = 0;
+  for (CellSet rest = below; rest != 0; rest &= rest - 1) ++count;
+  return count;
+#endif
+}
+
+// Whether boundary i at position u is the i-th of the boundaries' cells.  If so for all, the
+// boundaries ascend and no cell holds two.
+TQ4_HOST_DEVICE bool has_own_cell(CellSet cells, float u, int i) {
+  return u >= 0.f && cells_below(cells, cell_number(u)) == i;
+}
+
 struct Cell {
   float even_intercept;  // + 16
   float odd_intercept;   // + 256
-  bool exact;            // all boundaries are usable, at most one is in the cell
 };
 
-// Entry of cell number c, from the positions of the 15 boundaries.
-TQ4_HOST_DEVICE Cell make_cell(const float* positions, int c) {
-  int below = 0, inside = 0;
-  float step = 0.f;
-  bool usable = true;
-  for (int i = 0; i < 15; ++i) {
-    const float u = positions[i];
-    const int at = static_cast<int>(rintf(u * kCellSpan));
-    usable = usable && u >= 0.f;
-    below += at < c ? 1 : 0;
-    if (at == c) {
-      ++inside;
-      step = u;
-    }
-  }
-  const float value = static_cast<float>(below) + (inside > 0 ? 1.f : 0.5f);
-  const float at = inside > 0 ? step : static_cast<float>(c) * (1.f / kCellSpan);
+// Entry of cell number c, given the cells that hold boundaries and the position of boundary
+// cells_below(cells, c).
+TQ4_HOST_DEVICE Cell make_cell(CellSet cells, int c, float u) {
+  const bool inside = cells >> c & 1;
+  const float value = static_cast<float>(cells_below(cells, c)) + (inside ? 1.f : 0.5f);
+  const float at = inside ? u : static_cast<float>(c) * (1.f / kCellSpan);
   Cell cell;
   // One rounding each; 2^-19 and 2^-15 are the units of r in [16, 32) and [256, 512).
-  cell.even_intercept = fmaf(-kCellStep, at, 16.f + value - (inside > 0 ? 0x1p-19f : 0.f));
-  cell.odd_intercept = fmaf(-kCellStep, at, 256.f + value - (inside > 0 ? 0x1p-15f : 0.f));
-  cell.exact = usable && inside <= 1;
+  cell.even_intercept = fmaf(-kCellStep, at, 16.f + value - (inside ? 0x1p-19f : 0.f));
+  cell.odd_intercept = fmaf(-kCellStep, at, 256.f + value - (inside ? 0x1p-15f : 0.f));
   return cell;
 }
 

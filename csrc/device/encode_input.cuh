@@ -81,15 +81,21 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
   const uint32_t token = p.heads.quotient(clamped), head = clamped - token * p.heads.divisor;
   const uint64_t own_x =
       reinterpret_cast<uint64_t>(side.x + token * side.token_stride + head * side.head_stride);
+  const uint32_t dst = s_tile + g * C::kRowBytes + 16 * t;
+  if (p.aligned_input) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    // One register pair and immediate offsets below, instead of a sum for each chunk.
-    const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t);
-    const uint32_t dst = s_tile + (g + 8 * r) * C::kRowBytes + 16 * t;
-    if (p.aligned_input) {
+    for (int r = 0; r < 2; ++r) {
+      // One register pair and immediate offsets below, instead of a sum for each chunk.
+      const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t);
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) ptx::cp_async_once(dst + 64 * i, x + 64 * i);
-    } else {
+      for (int i = 0; i < kChunks; ++i) {
+        ptx::cp_async_once(dst + 8 * r * C::kRowBytes + 64 * i, x + 64 * i);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < 2; ++r) {
+      const uint8_t* x = reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t;
 #pragma unroll 1
       for (int i = 0; i < kChunks; ++i) {
         uint32_t words[4];
@@ -103,7 +109,8 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
             words[w] = __ldg(pair) | static_cast<uint32_t>(__ldg(pair + 1)) << 16;
           }
         }
-        ptx::st_shared_v4(dst + 64 * i, words[0], words[1], words[2], words[3]);
+        ptx::st_shared_v4(dst + 8 * r * C::kRowBytes + 64 * i, words[0], words[1], words[2],
+                          words[3]);
       }
     }
   }

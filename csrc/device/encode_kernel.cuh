@@ -14,7 +14,8 @@
 // is worked on.  With one, it is fetched once the products have consumed this one, behind the
 // quantiser.
 //
-// The rotation is recognised by its entries (rotation_fragments.cuh) and taken one of three ways:
+// The rotation is given by its signs, or recognised by its entries (rotation_fragments.cuh), and
+// taken one of three ways:
 //   none      block-diagonal identity: the products only move x into place
 //   Hadamard  H_D = H_32 (x) H_(D/32): two k16 steps a group of 32 dims, with the matrix' column
 //   signs
@@ -27,6 +28,7 @@
 //
 // Shared memory (dynamic): [R's fragments, only with a rotation][one x tile a warp]
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../layout.h"
@@ -81,10 +83,17 @@ __device__ __forceinline__ RowPointers find_pointers(const EncodeParams& p, cons
 
 // ---- The kernel.
 
+// Touches another line of the parameters in each of four warps, for the reason given in
+// parameter_lines.cuh.  Says false, since the words are upper halves of pointers and a shift.
+__device__ __forceinline__ bool touch_line(const EncodeParams& p) {
+  static_assert(offsetof(EncodeParams, sides[0].x) == 0 && offsetof(EncodeParams, sides[0].norms) == 64 &&
+                offsetof(EncodeParams, sides[1].codes) == 128 && offsetof(EncodeParams, heads.shift2) == 196, "words 16 i + 1");
+  return reinterpret_cast<const uint32_t*>(&p)[threadIdx.x / kWarpSize % 4 * 16 + 1] == ~0u;
+}
+
 // Static shared memory.
 struct EncodeTables {
   GroupTables groups;
-  Boundaries boundaries;
   uint32_t scratch;
 };
 
@@ -95,35 +104,41 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   uint8_t* const s_dynamic = ptx::dynamic_shared();
   auto& s_rotation = *reinterpret_cast<typename C::Rotation*>(s_dynamic);
   __shared__ EncodeTables s_tables;
+  if (touch_line(p)) return;
 
   const int warp = warp_uniform(threadIdx.x / kWarpSize);
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
   const int num_warps = blockDim.x / kWarpSize;
-  const EncodeSide& side = p.sides[blockIdx.x % p.num_sides];
-  const int cta = blockIdx.x / p.num_sides, num_ctas = gridDim.x / p.num_sides;
+  const int two_sides = p.num_sides - 1;
+  const EncodeSide& side = p.sides[blockIdx.x & two_sides];
+  const int cta = blockIdx.x >> two_sides, num_ctas = gridDim.x >> two_sides;
   const int num_tiles = (p.num_rows - 1) / 16 + 1, tile_stride = num_ctas * num_warps;
-  const bool any_rotation = p.sides[0].rotation != nullptr || p.sides[1].rotation != nullptr;
   const uint32_t s_tile = ptx::smem_address(s_dynamic) +
-                          (any_rotation ? sizeof(typename C::Rotation) : 0) +
+                          (p.has_matrix ? sizeof(typename C::Rotation) : 0) +
                           warp * p.tile_buffers * C::kTileBytes;
   const bool ahead = p.tile_buffers == 2;
   // CTAs first: a few tiles spread over all SMs, and the last round's over all SMs too.
   int tile_idx = warp * num_ctas + cta;
 
-  // [1/6] Start the first tile's loads: they fly while the tables are made.
-  // Warps without a tile load nothing: all of them at the last row's address is 30 us (H200).
+  // [1/6] Start the loads.  Those of the tables are few and come first: behind the first tiles of
+  // all SMs they would take as long as the tiles.
+  // Warps without a tile load none: all of them at the last row's address is 30 us (H200).
+  const float boundary = __ldg(side.boundaries + min(lane, kNumBoundaries - 1));
+  const float centroid = __ldg(side.centroids + lane % kNumCentroids);
+  uint2 signs = {0, 0};
+  const uint32_t flip = threadIdx.x;
+  if (side.rotation != nullptr && flip < kFlipWords<C>) signs = load_signs<C>(side.rotation, flip);
+  signs = {ptx::opaque(signs.x), ptx::opaque(signs.y)};  // nothing made of them here would wait
   RowTarget target{-1, 0, false};
   if (tile_idx < num_tiles) load_tile<C>(s_tile, target, p, side, tile_idx);
 
-  // [2/6] Tables.  Their loads are started together and used after the scan of R, which waits
-  // anyway.
-  const int own = min(static_cast<int>(threadIdx.x), kNumBoundaries - 1);
-  const float boundary = side.boundaries[own], first_boundary = side.boundaries[0];
-  const float last_boundary = side.boundaries[kNumBoundaries - 1];
-  const float centroid = side.centroids[lane % kNumCentroids];
+  // [2/6] Tables.
   RotationKind kind = RotationKind::kNone;
   float gain = 1.f, rotation_scale = 1.f;
-  if (side.rotation != nullptr) {
+  if (side.signs) {
+    kind = RotationKind::kHadamard;
+    gain = side.entry / kGroupUnit;
+  } else if (side.rotation != nullptr) {
     const RotationScan scan = scan_rotation<C::kHeadDim>(side.rotation, &s_tables.scratch);
     kind = warp_uniform(scan.hadamard) ? RotationKind::kHadamard : RotationKind::kGeneral;
     rotation_scale = scale_of_rotation(scan.largest);
@@ -135,17 +150,17 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
                                                                  rotation_scale, 0);
     }
   } else {
-    fill_group_tables<C>(s_tables.groups, side.rotation);
+    fill_fragments<C>(s_tables.groups, kind == RotationKind::kHadamard);
+    uint32_t* const flips = reinterpret_cast<uint32_t*>(s_tables.groups.signs);
+    if (flip < kFlipWords<C>) flips[flip] = flips_of(signs);
+#pragma unroll 1
+    for (uint32_t i = flip + blockDim.x; i < kFlipWords<C>; i += blockDim.x) {  // CTAs of few warps
+      flips[i] = side.rotation != nullptr ? flips_of(load_signs<C>(side.rotation, i)) : 0;
+    }
   }
-  if (threadIdx.x < kNumBoundaries) {
-    const CellAxis axis = make_cell_axis(first_boundary, last_boundary);
-    s_tables.boundaries.value[threadIdx.x] = boundary;
-    s_tables.boundaries.position[threadIdx.x] =
-        boundary_position(axis, first_boundary, last_boundary, boundary);
-  }
+  const Quantiser quantiser = make_quantiser(boundary);
   __syncthreads();  // the tables are complete before any warp reads them; the last barrier of warps
                     // that share nothing else (but for the slices of a general D = 256 rotation)
-  const Quantiser quantiser = make_quantiser(s_tables.boundaries);
 
   const bool keep_together = C::kSlices > 1 && kind == RotationKind::kGeneral;
   uint32_t s_now = s_tile;
@@ -207,7 +222,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
         scales[r] = gain * ptx::rcp_approx((norms[r] + kNormEpsilon) * row_scale[r]);
       }
       uint32_t words[2][Map::kPassGroups];
-      quantise<C>(acc, scales, quantiser, s_tables.boundaries, words);
+      quantise<C>(acc, scales, quantiser, words);
       if (p.norm_correction) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) decoded[r] += decoded_square_sum(words[r], centroid * centroid);

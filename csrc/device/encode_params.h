@@ -1,5 +1,6 @@
 // Arguments of encode_kernel, made from those of store or of compress.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -12,16 +13,29 @@
 
 namespace tq4 {
 
+// Magnitude of the entries of a rotation that is given by its signs.
+inline float check_signs(bool signs, int head_dim) {
+  if (signs && (head_dim & (head_dim - 1)) != 0) {
+    throw std::invalid_argument("rotation: there are no signs for head_dim " +
+                                std::to_string(head_dim));
+  }
+  return static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
+}
+
 // K or V.
 struct EncodeSide {
   const uint8_t* x;  // row (token, head) at token_stride, head_stride bytes
   int64_t token_stride, head_stride;
-  const float* rotation;    // [D, D] or null
+  const float* rotation;    // [D, D], or signs [D], or null
+  bool signs;               // whether it is signs,
+  float entry;              // then the magnitude of R's entries
   const float* centroids;   // [16]
   const float* boundaries;  // [15]
   uint8_t* codes;           // of slot 0, head 0
   uint8_t* norms;
 };
+
+inline bool is_matrix(const EncodeSide& side) { return side.rotation != nullptr && !side.signs; }
 
 // Row (token, head) goes to slot = slot_mapping[token], that is block slot / block_size:
 //   codes  side.codes + block * code_block_stride + slot % block_size * code_token_stride + head *
@@ -39,6 +53,7 @@ struct EncodeParams {
   int32_t num_sides;   // 2: even CTAs encode K, odd ones V
   int32_t code_width;  // 16, 8 or 4: alignment of a row's codes
   int32_t tile_buffers = 1;  // tiles of x in shared memory, a warp: 1 or 2
+  bool has_matrix;           // a rotation is given as a matrix
   bool aligned_input;  // rows of x are 16-byte aligned
   bool norm_correction;
 };
@@ -60,6 +75,8 @@ inline EncodeParams encode_params(const StoreParams& s) {
                 s.key_token_stride * bytes,
                 s.key_head_stride * bytes,
                 s.k_rotation,
+                s.k_rotation != nullptr && s.k_signs,
+                check_signs(s.k_signs, view.head_dim),
                 s.k_centroids,
                 s.k_boundaries,
                 view.base + view.k_codes,
@@ -68,6 +85,8 @@ inline EncodeParams encode_params(const StoreParams& s) {
                 s.value_token_stride * bytes,
                 s.value_head_stride * bytes,
                 s.v_rotation,
+                s.v_rotation != nullptr && s.v_signs,
+                check_signs(s.v_signs, view.head_dim),
                 s.v_centroids,
                 s.v_boundaries,
                 view.base + view.v_codes,
@@ -85,6 +104,7 @@ inline EncodeParams encode_params(const StoreParams& s) {
   p.code_width = copy_width(view);
   p.aligned_input = is_aligned(s.key, p.sides[0].token_stride, p.sides[0].head_stride, 16) &&
                     is_aligned(s.value, p.sides[1].token_stride, p.sides[1].head_stride, 16);
+  p.has_matrix = is_matrix(p.sides[0]) || is_matrix(p.sides[1]);
   p.norm_correction = s.norm_correction;
   return p;
 }
@@ -98,6 +118,8 @@ inline EncodeParams encode_params(const CompressParams& c) {
                 c.x_token_stride * bytes,
                 c.x_head_stride * bytes,
                 c.rotation,
+                c.rotation != nullptr && c.signs,
+                check_signs(c.signs, c.head_dim),
                 c.centroids,
                 c.boundaries,
                 c.packed,
@@ -112,6 +134,7 @@ inline EncodeParams encode_params(const CompressParams& c) {
   p.block = Divider::make(1);
   p.code_width = packed_width(c.packed, codes);
   p.aligned_input = is_aligned(c.x, p.sides[0].token_stride, p.sides[0].head_stride, 16);
+  p.has_matrix = is_matrix(p.sides[0]);
   p.norm_correction = c.norm_correction;
   return p;
 }

@@ -12,22 +12,28 @@ namespace tq4 {
 struct Quantiser {
   CellAxis axis;
   float even_intercept, odd_intercept;  // of the cell with this lane's number
+  float boundary;                       // the one with this lane's number
   bool exact;                           // the cell table is usable (uniform over the warp)
 };
 
-// The codebook of a CTA.
-struct Boundaries {
-  float value[kNumBoundaries + 1];
-  float position[kNumBoundaries + 1];  // of value[i], see cell_table.cuh
-};
-
-__device__ __forceinline__ Quantiser make_quantiser(const Boundaries& boundaries) {
+// Lane i holds boundary i, lanes from 15 on any.
+__device__ __forceinline__ Quantiser make_quantiser(float boundary) {
+  const int lane = threadIdx.x % kWarpSize;
+  const float first = __shfl_sync(kFullWarp, boundary, 0);
+  const float last = __shfl_sync(kFullWarp, boundary, kNumBoundaries - 1);
   Quantiser quantiser;
-  quantiser.axis = make_cell_axis(boundaries.value[0], boundaries.value[kNumBoundaries - 1]);
-  const Cell cell = make_cell(boundaries.position, threadIdx.x % kWarpSize);
+  quantiser.axis = make_cell_axis(first, last);
+  const float u = boundary_position(quantiser.axis, first, last, boundary);
+  const bool has_boundary = lane < kNumBoundaries;
+  const CellSet cells = __reduce_or_sync(
+      kFullWarp, has_boundary && u >= 0.f ? CellSet{1} << cell_number(u) : CellSet{0});
+  quantiser.exact =
+      warp_uniform(__all_sync(kFullWarp, !has_boundary || has_own_cell(cells, u, lane)));
+  const Cell cell =
+      make_cell(cells, lane, __shfl_sync(kFullWarp, u, cells_below(cells, lane)));
   quantiser.even_intercept = cell.even_intercept;
   quantiser.odd_intercept = cell.odd_intercept;
-  quantiser.exact = warp_uniform(__all_sync(kFullWarp, cell.exact));
+  quantiser.boundary = boundary;
   return quantiser;
 }
 
@@ -42,7 +48,7 @@ __device__ __forceinline__ uint32_t cell_line(float x, float scale, float bias, 
 // words[r][w]: the lane's codes of row g + 8 r; y = acc * scales[r].  Destroys acc.
 template <class C>
 __device__ __forceinline__ void quantise(Accumulators<C>& acc, const float (&scales)[2],
-                                         const Quantiser& quantiser, const Boundaries& boundaries,
+                                         const Quantiser& quantiser,
                                          uint32_t (&words)[2][C::Map::kPassGroups]) {
   using Map = typename C::Map;
   if (quantiser.exact) {
@@ -71,7 +77,7 @@ __device__ __forceinline__ void quantise(Accumulators<C>& acc, const float (&sca
   for (int i = 0; i < 2 * Map::kPassGroups; ++i) words[i % 2][i / 2] = 0;
 #pragma unroll 1
   for (int i = 0; i < kNumBoundaries; ++i) {
-    const float boundary = boundaries.value[i];
+    const float boundary = __shfl_sync(kFullWarp, quantiser.boundary, i);
 #pragma unroll
     for (int w = 0; w < Map::kPassGroups; ++w) {
 #pragma unroll

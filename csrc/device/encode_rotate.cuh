@@ -67,18 +67,19 @@ struct GroupTables {
 
 // B is the identity, or H_32 times kGroupUnit.
 template <class C>
-__device__ __forceinline__ void fill_group_tables(GroupTables& tables, const float* rotation) {
+__device__ __forceinline__ void fill_fragments(GroupTables& tables, bool hadamard) {
   using Map = typename C::Map;
   constexpr bool kHalf = std::is_same_v<typename C::Element, __half>;
   constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u;
   constexpr uint32_t kUnit = kHalf ? 0x3000u : 0x3e00u;
-  for (int i = threadIdx.x; i < 2 * 2 * kWarpSize * 4; i += blockDim.x) {
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < 2 * 2 * kWarpSize * 4; i += blockDim.x) {
     const int s = i / (kWarpSize * 8), tile = i / (kWarpSize * 4) % 2 * 2 + i / 2 % 2;
     const int lane = i / 4 % kWarpSize, high = i % 2;
     const int n = Map::code_dim(tile, lane / 8, lane / 4 % 2);
     const int k = Map::input_dim(s, high, lane % 4, 0);
     uint32_t bits;
-    if (rotation == nullptr) {
+    if (!hadamard) {
       bits = (n == k ? kOne : 0u) | (n == k + 1 ? kOne << 16 : 0u);
     } else {
       bits = (kUnit | static_cast<uint32_t>(__popc(n & k) % 2) << 15) |
@@ -86,15 +87,21 @@ __device__ __forceinline__ void fill_group_tables(GroupTables& tables, const flo
     }
     reinterpret_cast<uint32_t*>(tables.fragments)[i] = bits;
   }
-  for (int i = threadIdx.x; i < Map::kSteps * 4 * 2; i += blockDim.x) {
-    uint32_t flips = 0;
-    if (rotation != nullptr) {  // row 0 holds the column signs
-      const uint2 pair =
-          *reinterpret_cast<const uint2*>(rotation + Map::input_dim(i / 8, i % 2, i / 2 % 4, 0));
-      flips = (pair.x >> 16 & 0x8000u) | (pair.y & 0x80000000u);
-    }
-    reinterpret_cast<uint32_t*>(tables.signs)[i] = flips;
-  }
+}
+
+// Word i of the flips of x, from the signs of the matrix' columns: those of row 0 or, where the
+// rotation is given by its signs, themselves.
+template <class C>
+inline constexpr uint32_t kFlipWords = C::Map::kSteps * 4 * 2;
+
+template <class C>
+__device__ __forceinline__ uint2 load_signs(const float* rotation, uint32_t i) {
+  return __ldg(reinterpret_cast<const uint2*>(
+      rotation + C::Map::input_dim(i / 8, i % 2, i / 2 % 4, 0)));
+}
+
+__device__ __forceinline__ uint32_t flips_of(const uint2& signs) {
+  return (signs.x >> 16 & 0x8000u) | (signs.y & 0x80000000u);
 }
 
 // One pass of the none and Hadamard ways, before the butterflies.

@@ -1,9 +1,10 @@
 // Launchers of store and compress: both are encode_kernel (device/encode_kernel.cuh) with different
-// row targets.
+// row targets or, for few rows and no matrix, encode_rows_kernel (device/encode_rows.cuh).
 #include <algorithm>
 #include <stdexcept>
 
 #include "../device/encode_kernel.cuh"
+#include "../device/encode_rows.cuh"
 #include "../device/launch.h"
 #include "head_dim.h"
 #include "store.h"
@@ -14,8 +15,7 @@ namespace {
 template <class C>
 void launch_config(const EncodeParams& p, Stream stream) {
   const DeviceProperties device = device_properties();
-  const bool rotated = p.sides[0].rotation != nullptr || p.sides[1].rotation != nullptr;
-  const int rotation_bytes = rotated ? static_cast<int>(sizeof(typename C::Rotation)) : 0;
+  const int rotation_bytes = p.has_matrix ? static_cast<int>(sizeof(typename C::Rotation)) : 0;
   constexpr int kStaticBytes = round_up(static_cast<int>(sizeof(EncodeTables)), 128);
   const int room = (device.max_smem_bytes - kStaticBytes - rotation_bytes) / C::kTileBytes;
   // An even number, so that the threads are a multiple of D / 4 (scan_rotation).
@@ -30,8 +30,19 @@ void launch_config(const EncodeParams& p, Stream stream) {
                 rotation_bytes + warps * params.tile_buffers * C::kTileBytes, stream, params);
 }
 
+// Rows few enough to be in flight all at once.
+bool few_rows(const EncodeRowsParams& rows, int num_sides) {
+  const int64_t ctas = int64_t{encode_rows_ctas(rows)} * num_sides;
+  return ctas <= int64_t{kEncodeRowsCtas} * device_properties().num_sms;
+}
+
 template <typename T>
 void launch_element(const EncodeParams& p, int head_dim, Stream stream) {
+  EncodeRowsParams rows;
+  if (make_encode_rows_params(rows, p, head_dim) && few_rows(rows, p.num_sides)) {
+    const dim3 grid(encode_rows_ctas(rows), p.num_sides);
+    return launch_kernel(encode_rows_kernel<T>, grid, kEncodeRowsThreads, 0, stream, rows);
+  }
   dispatch_head_dim(head_dim, [&](auto d) { launch_config<EncodeConfig<T, d>>(p, stream); });
 }
 

@@ -17,4 +17,11 @@ __device__ __forceinline__ float sqrt_approx(float x) {
   return y;
 }
 
+// Relative error 2^-22.9 (PTX ISA: rsqrt.approx).
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace tq4::ptx

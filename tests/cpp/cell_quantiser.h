@@ -18,13 +18,15 @@ class CellQuantiser {
  public:
   explicit CellQuantiser(const float* boundaries)
       : axis_(make_cell_axis(boundaries[0], boundaries[14])) {
-    float positions[15];
+    float positions[16] = {};
+    CellSet cells = 0;
     for (int i = 0; i < 15; ++i) {
       positions[i] = boundary_position(axis_, boundaries[0], boundaries[14], boundaries[i]);
+      if (positions[i] >= 0.f) cells |= CellSet{1} << cell_number(positions[i]);
     }
+    for (int i = 0; i < 15; ++i) usable_ = usable_ && has_own_cell(cells, positions[i], i);
     for (int c = 0; c < kCells; ++c) {
-      cells_[c] = make_cell(positions, c);
-      usable_ = usable_ && cells_[c].exact;
+      cells_[c] = make_cell(cells, c, positions[cells_below(cells, c)]);
     }
   }
 

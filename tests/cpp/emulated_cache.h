@@ -22,7 +22,12 @@ enum class Turn { kNone, kHadamard, kOrthogonal, kAlmostHadamard };
 // fp32 [D, D] in 16-byte aligned memory, or nothing.
 struct Rotation {
   std::vector<uint4> storage;
+  std::vector<float4> sign_storage;  // of a Hadamard rotation
   int dim = 0;
+
+  const float* signs() const {
+    return sign_storage.empty() ? nullptr : reinterpret_cast<const float*>(sign_storage.data());
+  }
 
   const float* data() const {
     return storage.empty() ? nullptr : reinterpret_cast<const float*>(storage.data());
@@ -60,6 +65,11 @@ inline Rotation make_rotation(Turn turn, int dim, Random* random) {
   for (int i = 0; i < dim; ++i) {
     for (int j = 0; j < dim; ++j)
       r[i * dim + j] = __builtin_popcount(i & j) % 2 ? -signs[j] : signs[j];
+  }
+  if (turn == Turn::kHadamard && (dim & (dim - 1)) == 0) {
+    rotation.sign_storage.resize(dim / 4);
+    float* s = reinterpret_cast<float*>(rotation.sign_storage.data());
+    for (int j = 0; j < dim; ++j) s[j] = signs[j] < 0 ? -1.f : 1.f;
   }
   if (turn == Turn::kAlmostHadamard) {  // one entry differs in its last bit
     float& entry = r[(dim - 1) * dim + dim - 2];

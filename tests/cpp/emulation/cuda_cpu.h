@@ -252,6 +252,20 @@ void launch_rows(Kernel kernel, int grid, int columns, int rows, const Args&... 
   }
 }
 
+// kernel<<<dim3(grid.x, grid.y), threads>>>(args...)
+template <typename Kernel, typename... Args>
+void launch_grid(Kernel kernel, Index grid, int threads, const Args&... args) {
+  Machine& m = machine();
+  m.grid = grid;
+  m.threads = m.columns = threads;
+  for (int y = 0; y < grid.y; ++y) {
+    for (int x = 0; x < grid.x; ++x) {
+      m.block = {x, y, 0};
+      m.run_block([&] { kernel(args...); });
+    }
+  }
+}
+
 // kernel<<<grid, threads>>>(args...)
 template <typename Kernel, typename... Args>
 void launch(Kernel kernel, int grid, int threads, const Args&... args) {

@@ -10,7 +10,7 @@ struct BlockDim {
 };
 
 // Kinds of collectives beyond those of cuda_cpu.h.
-enum MoreKinds { kShuffleWidth = 100, kReduceMax, kLdmatrix, kMmaBfloat, kMmaBfloatB };
+enum MoreKinds { kShuffleWidth = 100, kReduceMax, kLdmatrix, kMmaBfloat, kMmaBfloatB, kReduceOr };
 
 }  // namespace emulation
 
@@ -38,6 +38,13 @@ inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   const auto all = emulation::exchange(emulation::kReduceMax, value);
   uint64_t result = 0;
   for (int i = 0; i < 32; ++i) result = std::max(result, all[i][0]);
+  return static_cast<uint32_t>(result);
+}
+
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t value) {
+  const auto all = emulation::exchange(emulation::kReduceOr, value);
+  uint64_t result = 0;
+  for (int i = 0; i < 32; ++i) result |= all[i][0];
   return static_cast<uint32_t>(result);
 }
 
