@@ -45,6 +45,7 @@ struct ClusterConfig {
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
   using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
   static constexpr int kRows = Steps::kRows;
+  static constexpr int kOwnRows = ceil_div(kRows, kSize);  // that a CTA writes, at most
   static constexpr int kRowPitch = D + 4;  // of results, floats: rows 4 banks apart
   static constexpr int kTileBytes = cluster_tile_bytes(D);
 };
@@ -57,8 +58,8 @@ struct ClusterShared {
   float2 stats[C::kWarps][C::kRows];                // (m, l) of the warps' results
   uint64_t arrived;                                 // of what the CTAs send
   // From each CTA its sums of this CTA's rows, which are kSize apart.
-  float2 sum_stats[C::kRows / C::kSize][C::kSize];
-  alignas(16) float sums[C::kRows / C::kSize][C::kSize][C::kRowPitch];
+  float2 sum_stats[C::kOwnRows][C::kSize];
+  alignas(16) float sums[C::kOwnRows][C::kSize][C::kRowPitch];
   ParameterLines lines[C::kWarps];
 };
 
@@ -86,11 +87,7 @@ struct ClusterTiles {
       const int piece = i * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize);
       const int token = piece / kPieces, at = piece % kPieces * kBytes;
       const uint8_t* from = src + token * stride + at;
-      if constexpr (kBytes == 16) {
-        ptx::cp_async_once(dst + piece * kBytes, from);
-      } else {
-        ptx::cp_async<kBytes>(dst + piece * kBytes, from);
-      }
+      ptx::cp_async_once<kBytes>(dst + piece * kBytes, from, ptx::read_once_policy());
     }
   }
 

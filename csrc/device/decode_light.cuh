@@ -105,8 +105,7 @@ __global__ void __launch_bounds__(kLightThreads, kLightCtas)
     if (rehearsal) {
       row.exists = false;
     } else if (row.exists) {
-      const int seq = static_cast<int>(row.unit / plan.num_chunks);
-      const TileRange tiles = batch.tiles(seq);
+      const TileRange tiles = batch.tiles(row.seq);
       ctas = wait_for_unit(progress + row.unit, (tiles.end - tiles.begin) * plan.slots);
     }
     Sum sum;

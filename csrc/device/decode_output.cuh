@@ -17,6 +17,7 @@ namespace tq4 {
 struct CombineRow {
   bool exists;
   int surplus;  // query tokens of the sequence beyond max_query_len, reported by its last row
+  int seq;
   int64_t token;
   int head;
   int64_t unit;         // (sequence, chunk of KV heads)
@@ -31,6 +32,7 @@ __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const D
   if (seq >= p.num_seqs) return r;
   const uint32_t in_seq = static_cast<uint32_t>(row) - seq * plan.seq_divider.divisor;
   const int query = static_cast<int>(plan.query_divider.quotient(in_seq));
+  r.seq = seq;
   r.head = static_cast<int>(in_seq) - query * p.num_q_heads;
   const int num_queries = batch.num_queries(seq);
   r.exists = query < num_queries;

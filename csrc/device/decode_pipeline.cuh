@@ -100,11 +100,7 @@ struct CpAsyncPipeline : DecodeRing {
       while (rep < plan.copy.reps) {
         const uint32_t to = dst + rep * plan.copy.dst_stride + at;
         const uint8_t* from = src + rep * plan.copy.src_stride + at;
-        if constexpr (kBytes == 16) {
-          ptx::cp_async_once(to, from);
-        } else {
-          ptx::cp_async<kBytes>(to, from);
-        }
+        ptx::cp_async_once<kBytes>(to, from, ptx::read_once_policy());
         rep += step_rep;
         at += step_at;
         if (at >= run.bytes) {

@@ -72,7 +72,7 @@ struct RowTarget {
 // Starts the loads of a tile: x to shared memory, four lanes a row, and the own row's slot.
 template <class C>
 __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, const EncodeParams& p,
-                                          const EncodeSide& side, int tile_idx) {
+                                          const EncodeSide& side, int tile_idx, uint64_t policy) {
   constexpr int kChunks = C::kHeadDim * C::kElementBytes / 64;
   const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
   const int row = tile_idx * 16 + own_row();
@@ -81,7 +81,9 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
   const uint32_t token = p.heads.quotient(clamped), head = clamped - token * p.heads.divisor;
   const uint64_t own_x =
       reinterpret_cast<uint64_t>(side.x + token * side.token_stride + head * side.head_stride);
-  const uint32_t dst = s_tile + g * C::kRowBytes + 16 * t;
+  // Opaque: with a uniform part of the address beside the policy, ptxas (CUDA 13.0) writes copies that
+  // are illegal instructions.
+  const uint32_t dst = ptx::opaque(s_tile + g * C::kRowBytes + 16 * t);
   if (p.aligned_input) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -89,7 +91,7 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
       const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t);
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        ptx::cp_async_once(dst + 8 * r * C::kRowBytes + 64 * i, x + 64 * i);
+        ptx::cp_async_once<16>(dst + 8 * r * C::kRowBytes + 64 * i, x + 64 * i, policy);
       }
     }
   } else {

@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   if (side.rotation != nullptr && flip < kFlipWords<C>) signs = load_signs<C>(side.rotation, flip);
   signs = {ptx::opaque(signs.x), ptx::opaque(signs.y)};  // nothing made of them here would wait
   RowTarget target{-1, 0, false};
-  if (tile_idx < num_tiles) load_tile<C>(s_tile, target, p, side, tile_idx);
+  const uint64_t policy = ptx::read_once_policy();
+  if (tile_idx < num_tiles) load_tile<C>(s_tile, target, p, side, tile_idx, policy);
 
   // [2/6] Tables.
   RotationKind kind = RotationKind::kNone;
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
     const uint32_t s_next = 2 * s_tile + C::kTileBytes - s_now;
     if (ahead) {
       if (tile_idx < num_tiles) {
-        load_tile<C>(s_next, target, p, side, tile_idx);
+        load_tile<C>(s_next, target, p, side, tile_idx, policy);
       } else {
         target.exists = false;  // a warp that stays only for the others' barriers writes nothing
         ptx::cp_async_commit();
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
         if (ahead) {
           s_now = s_next;
         } else if (tile_idx < num_tiles) {
-          load_tile<C>(s_tile, target, p, side, tile_idx);
+          load_tile<C>(s_tile, target, p, side, tile_idx, policy);
         } else {
           target.exists = false;  // a warp that stays only for the others' barriers writes nothing
         }

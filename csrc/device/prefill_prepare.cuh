@@ -196,7 +196,8 @@ __device__ __forceinline__ bool copy_rows(const AttentionParams& p, int part, in
     const int step = rotates ? 4 : 1;
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
-      ptx::cp_async_once(ring_chunk<Config>(stage, i, b), src + b * step);
+      ptx::cp_async_once<16>(ring_chunk<Config>(stage, i, b), src + b * step,
+                             ptx::read_once_policy());
     }
   }
   return true;

@@ -77,11 +77,7 @@ template <int kBytes, int kRowBytes>
 __device__ __forceinline__ void copy_codes(uint32_t dst, const uint8_t* src) {
 #pragma unroll(kRowBytes / kBytes <= 8 ? kRowBytes / kBytes : 4)
   for (int i = 0; i < kRowBytes; i += kBytes) {
-    if constexpr (kBytes == 16) {
-      ptx::cp_async_once(dst + i, src + i);
-    } else {
-      ptx::cp_async<kBytes>(dst + i, src + i);
-    }
+    ptx::cp_async_once<kBytes>(dst + i, src + i, ptx::read_once_policy());
   }
 }
 

@@ -97,11 +97,17 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
-// 16 bytes that nobody reads again.
-__device__ __forceinline__ void cp_async_once(uint32_t dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
-               "l"(read_once_policy())
-               : "memory");
+// The same of bytes that nobody reads again; `policy` is read_once_policy(), which only copies of 16
+// bytes take.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_once(uint32_t dst, const void* src, uint64_t policy) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst),
+                 "l"(src), "l"(policy)
+                 : "memory");
+  } else {
+    cp_async<kBytes>(dst, src);
+  }
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
