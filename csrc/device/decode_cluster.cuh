@@ -36,16 +36,14 @@
 
 namespace tq4 {
 
-template <int D_, int kSize_>
+template <int D_>
 struct ClusterConfig {
   static constexpr int D = D_;
-  static constexpr int kSize = kSize_;  // CTAs of a cluster
   static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kClusterStages;
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
   using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
   static constexpr int kRows = Steps::kRows;
-  static constexpr int kOwnRows = ceil_div(kRows, kSize);  // that a CTA writes, at most
   static constexpr int kRowPitch = D + 4;  // of results, floats: rows 4 banks apart
   static constexpr int kTileBytes = cluster_tile_bytes(D);
 };
@@ -57,9 +55,9 @@ struct ClusterShared {
   alignas(16) uint8_t query[2][C::kRows][C::D];     // codes, residuals
   float2 stats[C::kWarps][C::kRows];                // (m, l) of the warps' results
   uint64_t arrived;                                 // of what the CTAs send
-  // From each CTA its sums of this CTA's rows, which are kSize apart.
-  float2 sum_stats[C::kOwnRows][C::kSize];
-  alignas(16) float sums[C::kOwnRows][C::kSize][C::kRowPitch];
+  // From each CTA its sums of this CTA's rows, which are as far apart as the cluster is large.
+  float2 sum_stats[kLargestCluster];
+  alignas(16) float sums[kLargestCluster][C::kRowPitch];
   ParameterLines lines[C::kWarps];
 };
 
@@ -133,14 +131,14 @@ struct ClusterTiles {
 // The sum of row `row` to the CTA that writes it.
 template <class C>
 __device__ __forceinline__ void send_sum(ClusterShared<C>& shared, const RowSum<C::D>& sum,
-                                         int rank, int row) {
+                                         int rank, int size, int row) {
   using Sum = RowSum<C::D>;
-  const int target = row % C::kSize, place = row / C::kSize;
+  const int target = row % size, from = row / size * size + rank;
   const auto in_target = [&](const void* p) {
     return ptx::map_to_cta(ptx::smem_address(p), target);
   };
   const uint32_t arrived = in_target(&shared.arrived);
-  const uint32_t sums = in_target(shared.sums[place][rank]);
+  const uint32_t sums = in_target(shared.sums[from]);
 #pragma unroll
   for (int e = 0; e < Sum::kDims; e += Sum::kVector) {
     const uint32_t to = sums + 4 * Sum::dim(e);
@@ -152,7 +150,7 @@ __device__ __forceinline__ void send_sum(ClusterShared<C>& shared, const RowSum<
     }
   }
   if (threadIdx.x % kWarpSize == 0) {
-    ptx::st_async_v2(in_target(&shared.sum_stats[place][rank]), arrived, sum.m, sum.l);
+    ptx::st_async_v2(in_target(&shared.sum_stats[from]), arrived, sum.m, sum.l);
   }
 }
 
@@ -174,7 +172,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const uint32_t rings =
       table + kDecodeTableBytes + round_up(static_cast<int>(sizeof(ClusterShared<C>)), 128);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int rank = static_cast<int>(ptx::cluster_rank());
+  const int rank = static_cast<int>(ptx::cluster_rank()), size = plan.cluster;
   const ParameterLines lines = ParameterLines::touch(p, plan);
   const uint32_t arrived = ptx::smem_address(&shared.arrived);
   if (threadIdx.x == 0) {
@@ -183,7 +181,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   ptx::cluster_arrive();
 
-  const int unit = static_cast<int>(blockIdx.x) / C::kSize;
+  const int unit = static_cast<int>(blockIdx.x) / size;
   const int seq = static_cast<int>(plan.chunk_divider.quotient(unit));
   const int head = unit - seq * plan.heads_per_chunk;
   const DecodeBatch batch = decode_batch(p, plan);
@@ -207,7 +205,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // [2/5] Copies of the first tiles.
   const TileRange range =
       visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
-  const TileRange share = cluster_share(range, rank, C::kSize);
+  const TileRange share = cluster_share(range, rank, size);
   ClusterTiles<C> tiles;
   tiles.head = head;
   tiles.table = p.block_table + seq * p.block_table_stride;
@@ -276,7 +274,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   write_partial<Steps>(shared.stats[warp], results + warp * C::kRows * C::kRowPitch, C::kRowPitch,
                        0, num_rows, value_unit, state);
   __syncthreads();  // all results are there
-  const int own = rank + C::kSize * warp;  // the row that this warp writes
+  const int own = rank + size * warp;  // the row that this warp writes
   const bool writes = own < num_rows;
   CombineRow out{};
   typename Sum::Vector row0[Sum::kDims / Sum::kVector];
@@ -294,19 +292,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         C::kWarps, [&](int i) { return shared.stats[i][warp]; },
         [&](int i, int v) { return Sum::load(results + (i * C::kRows + warp) * C::kRowPitch, v); });
     ptx::cluster_wait();  // the barriers of all CTAs are there
-    send_sum<C>(shared, sum, rank, warp);
+    send_sum<C>(shared, sum, rank, size, warp);
   }
 
   // [5/5] The sums of the cluster.
   if (threadIdx.x == 0) {
-    const int rows_here = num_rows > rank ? (num_rows - rank - 1) / C::kSize + 1 : 0;
-    ptx::mbarrier_arrive_expect_bytes(arrived, rows_here * C::kSize * (C::D * 4 + 8));
+    const int rows_here = num_rows > rank ? (num_rows - rank - 1) / size + 1 : 0;
+    ptx::mbarrier_arrive_expect_bytes(arrived, rows_here * size * (C::D * 4 + 8));
   }
   if (!writes) return;
   ptx::mbarrier_wait(arrived, 0);  // all CTAs' sums are there
   sum.sum_terms(
-      C::kSize, [&](int i) { return shared.sum_stats[warp][i]; },
-      [&](int i, int v) { return Sum::load(shared.sums[warp][i], v); });
+      size, [&](int i) { return shared.sum_stats[warp * size + i]; },
+      [&](int i, int v) { return Sum::load(shared.sums[warp * size + i], v); });
   sum.finish(p, out);
   if (out.surplus > 0) write_surplus<C::D>(p, out);
   if (p.out_rotation != nullptr) sum.transform(row0);

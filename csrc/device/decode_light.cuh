@@ -21,8 +21,6 @@
 
 namespace tq4 {
 
-constexpr int kLightCtas = 65536 / (kLightThreads * kLightRegisters);  // of an SM
-
 template <int D>
 __global__ void __launch_bounds__(kLightThreads, kLightCtas)
     decode_prepare_light_kernel(const __grid_constant__ AttentionParams p,
@@ -73,11 +71,12 @@ __global__ void __launch_bounds__(kLightThreads, kLightCtas)
 
 // Waits until all partial results of a unit are there, `tiles` of them by each warp.
 __device__ __forceinline__ CtaRange wait_for_unit(const uint64_t* counter, uint32_t tiles) {
-  UnitProgress progress{ptx::load_acquire(counter)};
+  UnitProgress progress{ptx::load_counter(counter)};
   while (progress.tiles() != tiles) {
     ptx::nap();
-    progress = {ptx::load_acquire(counter)};
+    progress = {ptx::load_counter(counter)};
   }
+  ptx::acquire_fence();
   return progress.ctas();
 }
 

@@ -66,8 +66,8 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
 }
 
 // Decode of short contexts by clusters (decode_cluster.cuh).
-constexpr int kClusterSize = 8;        // CTAs: the most that every device with clusters takes
-constexpr int kLargeClusterSize = 16;  // where there is room
+constexpr int kClusterSize = 8;       // CTAs: the most that every device with clusters takes
+constexpr int kLargestCluster = 16;  // where there is room
 constexpr int kClusterWarps = 16, kClusterStages = 4;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
@@ -79,6 +79,7 @@ constexpr int cluster_tile_bytes(int head_dim) { return kTileTokens * (head_dim 
 // leaves free on its SM is enough for one of theirs: 64 threads of 64 registers, and shared memory.
 constexpr int kLightWarps = 2, kLightThreads = kLightWarps * kWarpSize, kLightRegisters = 64;
 constexpr int kLightSmemBytes = 2560;
+constexpr int kLightCtas = 65536 / (kLightThreads * kLightRegisters);  // an SM takes
 // Beyond so many partial results a row, several warps for each are faster.
 constexpr int kLightMostPartials = 40;
 
@@ -109,11 +110,10 @@ inline int decode_smem_limit(int arch) {
   return 99 * 1024;
 }
 
-// CTAs of the light prepare kernel: a warp for each row, until there is a CTA on every SM; then up to
-// 16 rows a warp; then more CTAs.
-inline int64_t light_prepare_grid(int64_t rows, int num_sms) {
-  const int64_t each = ceil_div<int64_t>(rows, kLightWarps);
-  return std::min(each, std::clamp<int64_t>(ceil_div<int64_t>(each, 16), num_sms, 16 * num_sms));
+// CTAs of a light kernel: a warp for each row as far as they fit on the device at the same time.
+inline int light_grid(int64_t rows, int num_sms) {
+  return static_cast<int>(
+      std::min<int64_t>(ceil_div<int64_t>(rows, kLightWarps), int64_t{kLightCtas} * num_sms));
 }
 
 // What the kernels get besides AttentionParams.
@@ -124,7 +124,9 @@ struct DecodePlan {
   int32_t group;                 // query heads of a KV head
   int32_t max_rows;              // query rows of a KV head: group * max_query_len
   DecodeMode mode;
-  int32_t cluster;     // CTAs that share a (sequence, KV head); 0: the three kernels
+  // CTAs that share a (sequence, KV head), at least (the launcher knows the device); 0: the three
+  // kernels.
+  int32_t cluster;
   bool bulk;           // bulk copies; else cp.async
   bool wide;           // stage rows are aligned for vector loads
   bool overlapped;     // launches may overlap; set by launch_decode
@@ -527,7 +529,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
   plan.grid = p.num_sms;
   if (plan.light_prepare) {
-    plan.prepare_grid = static_cast<int32_t>(light_prepare_grid(plan.query_rows, p.num_sms));
+    plan.prepare_grid = light_grid(plan.query_rows, p.num_sms);
   } else if (prepare_blocks <= p.num_sms / 32) {
     plan.grid -= plan.prepare_grid;
   }

@@ -33,6 +33,8 @@ void dispatch_light(int head_dim, Launch&& launch) {
 void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   if (plan.light_prepare) {
     return dispatch_light(p.cache.head_dim, [&](auto d) {
+      // So that CTAs of the main kernel need not wait until the SM is divided anew.
+      prefer_shared_memory(decode_prepare_light_kernel<d>);
       launch_kernel(decode_prepare_light_kernel<d>, dim3(plan.prepare_grid), dim3(kLightThreads), 0,
                     stream, p, plan);
     });
@@ -46,11 +48,9 @@ void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Str
 void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   const int64_t rows = static_cast<int64_t>(p.num_seqs) * p.max_query_len * p.num_q_heads;
   if (plan.light_combine) {
-    const int64_t ctas =
-        std::min<int64_t>(ceil_div<int64_t>(rows, kLightWarps), 16 * int64_t{p.num_sms});
     return dispatch_light(p.cache.head_dim, [&](auto d) {
       launch_dependent_kernel(plan.overlapped, decode_combine_light_kernel<d>,
-                              dim3(static_cast<unsigned>(ctas)), dim3(kLightThreads), 0, stream, p,
+                              dim3(light_grid(rows, p.num_sms)), dim3(kLightThreads), 0, stream, p,
                               plan);
     });
   }

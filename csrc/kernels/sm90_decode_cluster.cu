@@ -1,6 +1,7 @@
 // Decode of short contexts by clusters of CTAs: sm_90a.
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <stdexcept>
 
 #include "../device/decode_cluster.cuh"
@@ -10,62 +11,66 @@
 namespace tq4::sm90 {
 namespace {
 
-// How many clusters of a size that not every device takes run at the same time; 0: none.
-int most_clusters(const void* kernel, cudaLaunchAttribute attribute, int threads, int smem_bytes) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
-             "opting into shared memory");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(attribute.val.clusterDim.x);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem_bytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "counting clusters");
-  return clusters;
+cudaLaunchAttribute cluster_attribute(int size) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(size);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
 }
 
-// Enqueues the kernel, or returns false if the device cannot run all clusters side by side.
-template <int D, int kSize>
-bool launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  using Config = ClusterConfig<D, kSize>;
+// Larger clusters than kClusterSize that are tried, the largest first.  An SM takes one CTA, and how
+// many SMs a cluster can be spread over differs from part to part.
+constexpr int kLargeSizes[] = {kLargestCluster, 14, 12, 10};
+
+// How many clusters of each of these sizes run at the same time on the current device, 8 bits each.
+uint32_t count_clusters(const void* kernel, int threads, int smem_bytes) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+             "opting into shared memory");
+  uint32_t counts = 0;
+  for (int i = 0; i < 4; ++i) {
+    cudaLaunchAttribute attribute = cluster_attribute(kLargeSizes[i]);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(attribute.val.clusterDim.x);
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "counting clusters");
+    counts |= static_cast<uint32_t>(std::min(clusters, 255)) << (8 * i);
+  }
+  return counts;
+}
+
+template <int D>
+void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+  using Config = ClusterConfig<D>;
   constexpr int kRings = Config::kWarps * Config::kStages * Config::kTileBytes;
   constexpr int kResults = Config::kWarps * Config::kRows * Config::kRowPitch * 4;
   constexpr int kSmemBytes = kDecodeTableBytes +
                              round_up(static_cast<int>(sizeof(ClusterShared<Config>)), 128) +
                              std::max(kRings, kResults);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = Config::kSize;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  const int clusters = p.num_seqs * p.cache.num_kv_heads;
   const auto kernel = decode_cluster_kernel<Config>;
-  if constexpr (kSize > kClusterSize) {
-    if (clusters * kSize > p.num_sms) return false;
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-               "allowing large clusters");
-    // 4096 * device + clusters that it has room for, of the last device asked about.
-    static std::atomic<int> room{-1};
-    int known = room.load(std::memory_order_relaxed);
-    const int device = current_device();
-    if (known / 4096 != device || known < 0) {
-      known = 4096 * device + most_clusters(reinterpret_cast<const void*>(kernel), attribute,
-                                            Config::kThreads, kSmemBytes);
-      room.store(known, std::memory_order_relaxed);
-    }
-    if (clusters > known % 4096) return false;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+             "allowing large clusters");
+  // Counts of the last device asked about, and above them its number, from 1.
+  static std::atomic<uint64_t> counts{0};
+  uint64_t known = counts.load(std::memory_order_relaxed);
+  const auto device = static_cast<uint64_t>(current_device()) + 1;
+  if (known >> 32 != device) {
+    known = device << 32 | count_clusters(function, Config::kThreads, kSmemBytes);
+    counts.store(known, std::memory_order_relaxed);
   }
-  launch_kernel_with(&attribute, 1, kernel, dim3(clusters * kSize), dim3(Config::kThreads),
-                     kSmemBytes, stream, p, plan);
-  return true;
-}
-
-template <int D>
-void launch_head_dim(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  if (!launch_config<D, kLargeClusterSize>(p, plan, stream)) {
-    launch_config<D, kClusterSize>(p, plan, stream);
+  const int clusters = p.num_seqs * p.cache.num_kv_heads;
+  DecodePlan sized = plan;
+  for (int i = 3; i >= 0; --i) {
+    if (static_cast<int>(known >> (8 * i) & 255) >= clusters) sized.cluster = kLargeSizes[i];
   }
+  const cudaLaunchAttribute attribute = cluster_attribute(sized.cluster);
+  launch_kernel_with(&attribute, 1, kernel, dim3(clusters * sized.cluster), dim3(Config::kThreads),
+                     kSmemBytes, stream, p, sized);
 }
 
 }  // namespace
@@ -73,9 +78,9 @@ void launch_head_dim(const AttentionParams& p, const DecodePlan& plan, Stream st
 void launch_decode_cluster(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   switch (p.cache.head_dim) {
     case 64:
-      return launch_head_dim<64>(p, plan, stream);
+      return launch_config<64>(p, plan, stream);
     case 128:
-      return launch_head_dim<128>(p, plan, stream);
+      return launch_config<128>(p, plan, stream);
     default:
       throw std::logic_error("decode: no cluster kernel for this head dimension");
   }

@@ -92,9 +92,11 @@ template <int D>
 void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int rows_per_block) {
   if (plan.cluster > 0) {
     if constexpr (D == 64 || D == 128) {
-      using Config = tq4::ClusterConfig<D, 1>;
+      using Config = tq4::ClusterConfig<D>;
+      tq4::DecodePlan one = plan;
+      one.cluster = 1;
       emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
-                        Config::kThreads, p, plan);
+                        Config::kThreads, p, one);
     }
     return;
   }

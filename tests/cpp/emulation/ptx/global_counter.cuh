@@ -5,7 +5,8 @@
 namespace tq4::ptx {
 
 inline void add_release(uint64_t* counter, uint64_t value) { *counter += value; }
-inline uint64_t load_acquire(const uint64_t* counter) { return *counter; }
+inline uint64_t load_counter(const uint64_t* counter) { return *counter; }
+inline void acquire_fence() {}
 inline void nap() { emulation::fail("a kernel waits for one that has ended"); }
 
 }  // namespace tq4::ptx
