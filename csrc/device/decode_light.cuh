@@ -1,10 +1,11 @@
-// The small kernels of decode for rows that are rotated by butterflies, or not at all: a warp a row,
-// next to no registers and shared memory, so that a CTA finds room beside one of the main kernel.
+// The small kernels of decode for rows that are rotated by butterflies, or not at all: a warp a row.
 //
-//   decode_prepare_light   does not keep CTAs of the main kernel from starting
-//   decode_combine_light   starts when all CTAs of the main kernel have, goes once through its code,
-//                          and waits for the units of its rows one by one (UnitProgress): what is
-//                          left when the last CTA is done are the partial results of that CTA's rows
+//   decode_prepare_light   a third of the time of decode_prepare, which has R to read
+//   decode_combine_light   has next to no registers and shared memory, so that a CTA finds room
+//                          beside one of the main kernel; starts when all of those have, goes once
+//                          through its code, and waits for the units of its rows one by one
+//                          (UnitProgress): what is left when the last CTA is done are the partial
+//                          results of that CTA's rows
 //
 // The combination waits for CTAs that run already and wait for nobody: the main kernel allows its
 // launch, which takes all CTAs of it to do (PTX ISA, "griddepcontrol").
@@ -22,7 +23,7 @@
 namespace tq4 {
 
 template <int D>
-__global__ void __launch_bounds__(kLightThreads, kLightCtas)
+__global__ void __launch_bounds__(kPrepareRows* kWarpSize, 2)
     decode_prepare_light_kernel(const __grid_constant__ AttentionParams p,
                                 const __grid_constant__ DecodePlan plan) {
   using Row = QueryRow<D>;
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kLightThreads, kLightCtas)
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   const DecodeBatch batch = decode_batch(p, plan);
   const int num_rows = static_cast<int>(plan.query_rows);
-  const int step = gridDim.x * kLightWarps;
+  const int step = gridDim.x * kPrepareRows;
   const bool aligned = Row::is_aligned(p);
   // Starts the loads of a row, if it is there and has a token.
   const auto load = [&](int index, Row& row) {
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kLightThreads, kLightCtas)
              aligned);
     return true;
   };
-  int index = blockIdx.x * kLightWarps + threadIdx.x / kWarpSize;
+  int index = blockIdx.x * kPrepareRows + threadIdx.x / kWarpSize;
   Row row, next;
   bool exists = load(index, row);
   float signs[Row::kDims];

@@ -72,11 +72,12 @@ constexpr int kClusterWarps = 16, kClusterStages = 4;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
 constexpr int64_t kClusterMostKeys = 16384;
+constexpr int kClusterMostPages = static_cast<int>(kClusterMostKeys) / kTileTokens;
 // A tile of one KV head: K codes, V codes, K norms, V norms.
 constexpr int cluster_tile_bytes(int head_dim) { return kTileTokens * (head_dim + 8); }
 
-// The small kernels for rotations by butterflies (decode_light.cuh).  What a CTA of the main kernel
-// leaves free on its SM is enough for one of theirs: 64 threads of 64 registers, and shared memory.
+// The combination of rows rotated by butterflies (decode_light.cuh).  What a CTA of the main kernel
+// leaves free on its SM is enough for one of its CTAs: 64 threads of 64 registers, and shared memory.
 constexpr int kLightWarps = 2, kLightThreads = kLightWarps * kWarpSize, kLightRegisters = 64;
 constexpr int kLightSmemBytes = 2560;
 constexpr int kLightCtas = 65536 / (kLightThreads * kLightRegisters);  // an SM takes
@@ -110,7 +111,7 @@ inline int decode_smem_limit(int arch) {
   return 99 * 1024;
 }
 
-// CTAs of a light kernel: a warp for each row as far as they fit on the device at the same time.
+// Its CTAs: a warp for each row as far as they fit on the device at the same time.
 inline int light_grid(int64_t rows, int num_sms) {
   return static_cast<int>(
       std::min<int64_t>(ceil_div<int64_t>(rows, kLightWarps), int64_t{kLightCtas} * num_sms));
@@ -448,24 +449,15 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   return plan.num_stages >= 2;
 }
 
-}  // namespace detail
-
-namespace detail {
-
-
 // Whether clusters of CTAs are the fastest way.  A matter of shapes: lengths are not known here, but
 // for the most that the block table has room for.
 inline bool takes_clusters(const AttentionParams& p, const DecodePlan& plan) {
   const int head_dim = p.cache.head_dim;
-  int64_t most_keys = int64_t{p.max_blocks} * p.cache.block_size;
-  if (p.window_left >= 0) {
-    most_keys = std::min<int64_t>(most_keys, int64_t{p.window_left} + p.max_query_len);
-  }
   return p.arch == 90 && p.path != Path::kPortable && p.int8 &&
          (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 &&
          plan.light_prepare && is_light(head_dim, p.out_rotation, p.out_signs) &&
          int64_t{p.num_seqs} * p.cache.num_kv_heads * kClusterSize <= p.num_sms &&
-         most_keys <= kClusterMostKeys;
+         int64_t{p.max_blocks} * p.cache.block_size <= kClusterMostKeys;
 }
 
 inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
@@ -528,11 +520,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.prepare_grid = static_cast<int32_t>(
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
   plan.grid = p.num_sms;
-  if (plan.light_prepare) {
-    plan.prepare_grid = light_grid(plan.query_rows, p.num_sms);
-  } else if (prepare_blocks <= p.num_sms / 32) {
-    plan.grid -= plan.prepare_grid;
-  }
+  if (prepare_blocks <= p.num_sms / 32) plan.grid -= plan.prepare_grid;
   require(plan.grid <= kMostDecodeCtas, "num_sms: expected at most 65535");
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable;
@@ -559,8 +547,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   // A unit costs a CTA about what 96 KB of keys do, beside its tiles.
   plan.segment_cost = 1 + 98304 / plan.copy.stage_bytes;
   // So does waiting for a CTA of the prepare kernel to leave; the last CTAs do.
-  const bool waits = plan.bulk && !plan.light_prepare && plan.grid == p.num_sms &&
-                     plan.prepare_grid < plan.grid;
+  const bool waits = plan.bulk && plan.grid == p.num_sms && plan.prepare_grid < plan.grid;
   const int late_ctas = waits ? plan.prepare_grid : 0;
   plan.shares = {Divider::make(plan.grid), plan.grid - late_ctas, plan.segment_cost};
 

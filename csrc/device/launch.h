@@ -76,16 +76,6 @@ inline DeviceProperties device_properties() {
   return queried;
 }
 
-// Has the SMs on which the kernel runs give as much of their L1 to shared memory as they can, though
-// it needs none: they cannot change that while a CTA of it is there.
-template <typename... KernelArgs>
-void prefer_shared_memory(void (*kernel)(KernelArgs...)) {
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared),
-             "preferring shared memory");
-}
-
 // Enqueues kernel<<<grid, block, smem_bytes, stream>>>(args...).  An empty grid is no work, not an
 // error.  Clusters and programmatic launches need `attributes`.
 template <typename... KernelArgs, typename... Args>

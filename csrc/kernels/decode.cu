@@ -33,10 +33,8 @@ void dispatch_light(int head_dim, Launch&& launch) {
 void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   if (plan.light_prepare) {
     return dispatch_light(p.cache.head_dim, [&](auto d) {
-      // So that CTAs of the main kernel need not wait until the SM is divided anew.
-      prefer_shared_memory(decode_prepare_light_kernel<d>);
-      launch_kernel(decode_prepare_light_kernel<d>, dim3(plan.prepare_grid), dim3(kLightThreads), 0,
-                    stream, p, plan);
+      launch_kernel(decode_prepare_light_kernel<d>, dim3(plan.prepare_grid),
+                    dim3(kPrepareRows * kWarpSize), 0, stream, p, plan);
     });
   }
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
