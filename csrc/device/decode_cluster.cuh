@@ -5,9 +5,8 @@
 // has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles in
 // turn:
 //
-//   first           page ids of the sequence to shared memory; meanwhile all write the tables
-//   every warp      copies of its first kStages tiles                      (cp.async, rings of its own)
-//   meanwhile       warp r rotates and quantises query row r
+//   every warp      page ids -> copies of its first kStages tiles          (cp.async, rings of its own)
+//   meanwhile       warp r rotates and quantises query row r; all write the tables
 //   tiles           as in decode_tile.cuh, nobody waits for anybody
 //   in the CTA      warp r sums row r over the warps' results, in shared memory
 //   in the cluster  and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE, rotation,
@@ -51,7 +50,6 @@ struct ClusterConfig {
 
 template <class C>
 struct ClusterShared {
-  int32_t pages[kClusterMostPages];                 // of the sequence
   PlainKeyCodes::Tables codes;
   float scale[C::kRows];                            // of the query rows
   alignas(16) uint8_t query[2][C::kRows][C::D];     // codes, residuals
@@ -68,8 +66,16 @@ struct ClusterShared {
 template <class C>
 struct ClusterTiles {
   int head;
+  const int32_t* table;  // of the sequence
   int first, count;      // tile i of the warp is tile first + kWarps i of the sequence
-  uint32_t ring, pages;  // shared addresses
+  uint32_t ring;         // shared address
+  int pages;             // lane i: the page of tile i, of the 32 tiles being copied
+
+  // Entries past the last tile are garbage.
+  __device__ __forceinline__ void find_pages(const DecodePlan& plan, int i) {
+    const int own = i + static_cast<int>(threadIdx.x % kWarpSize);
+    pages = own < count ? table[plan.block_divider.quotient(first + C::kWarps * own)] : 0;
+  }
 
   template <int kBytes>
   __device__ __forceinline__ static void copy_codes(uint32_t dst, const uint8_t* src, int stride) {
@@ -86,10 +92,12 @@ struct ClusterTiles {
   // Starts the copies of tile i, if there is one, and makes a group of them in any case.
   __device__ __forceinline__ void copy(const PageView& view, const DecodePlan& plan, int i) {
     if (i < count) {
+      if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
       const int tile = first + C::kWarps * i;
-      const int block = static_cast<int>(plan.block_divider.quotient(tile));
-      const auto page = static_cast<int>(ptx::ld_shared_u32(pages + 4 * block));
-      const int in_page = (tile - block * plan.tiles_per_block) * kTileTokens;
+      const int page = __shfl_sync(kFullWarp, pages, i % kWarpSize);
+      const int in_page =
+          (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
+          kTileTokens;
       const uint8_t* src = view.base + page * view.block_stride;
       const uint8_t* codes = src + in_page * view.code_token_stride + head * view.code_head_stride;
       const uint32_t dst = stage(i);
@@ -119,21 +127,6 @@ struct ClusterTiles {
     return ring + i % C::kStages * C::kTileBytes;
   }
 };
-
-// The lane's rows, from shared memory; rows past the last repeat it.
-template <class C>
-__device__ __forceinline__ void load_own_rows(const ClusterShared<C>& shared, int num_rows,
-                                              DecodeRows<typename C::Steps>& rows) {
-  const int own = max(0, min(static_cast<int>(threadIdx.x % kWarpSize) / 4, num_rows - 1));
-  rows.scale[0] = shared.scale[own];
-#pragma unroll
-  for (int k = 0; k < C::Steps::kKeySteps; ++k) {
-    uint32_t a[1][4];
-    load_query<typename C::Steps>(shared.query[0][own], shared.query[1][own], k, a);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rows.q[k][i] = pinned(a[0][i]);
-  }
-}
 
 // The sum of row `row` to the CTA that writes it.
 template <class C>
@@ -191,19 +184,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int unit = static_cast<int>(blockIdx.x) / size;
   const int seq = static_cast<int>(plan.chunk_divider.quotient(unit));
   const int head = unit - seq * plan.heads_per_chunk;
-  // [1/5] What comes from outside, all at once.
-#pragma unroll 1
-  for (int i = threadIdx.x; i < p.max_blocks; i += C::kThreads) {
-    ptx::cp_async<4>(ptx::smem_address(&shared.pages[i]),
-                     p.block_table + seq * p.block_table_stride + i);
-  }
-  ptx::cp_async_commit();
   const DecodeBatch batch = decode_batch(p, plan);
   DecodeSegment segment{};
   segment.seq = seq;
   segment.describe(batch);
   const int num_rows = min(segment.num_queries * plan.group, plan.max_rows);
 
+  // [1/5] The query row of this warp and what goes with it: loads first, all at once.
   const bool has_row = warp < num_rows;
   const int query = static_cast<int>(plan.group_divider.quotient(warp));
   QueryRow<C::D> row;
@@ -215,25 +202,23 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     QueryRow<C::D>::load_signs(p.q_rotation, signs);
   }
 
-  const float value_unit = write_pair_table(table, p.v_centroids, warp, C::kWarps);
-  shared.codes.write(p);
-  ptx::cp_async_wait<0>();
-  __syncthreads();  // tables and page ids are there
-
   // [2/5] Copies of the first tiles.
   const TileRange range =
       visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
   const TileRange share = cluster_share(range, rank, size);
   ClusterTiles<C> tiles;
   tiles.head = head;
+  tiles.table = p.block_table + seq * p.block_table_stride;
   tiles.first = share.begin + warp;
   tiles.count = (share.end - share.begin - warp + C::kWarps - 1) / C::kWarps;
   tiles.ring = rings + warp * C::kStages * C::kTileBytes;
-  tiles.pages = ptx::smem_address(shared.pages);
+  tiles.find_pages(plan, 0);
 #pragma unroll 1
   for (int i = 0; i < C::kStages; ++i) tiles.copy(p.cache, plan, i);
 
-  // [3/5] Queries, tiles.
+  // [3/5] Tables and queries.
+  const float value_unit = write_pair_table(table, p.v_centroids, warp, C::kWarps);
+  shared.codes.write(p);
   if (has_row) {
     row.unpack(p.dtype);
     if (p.q_rotation != nullptr) row.rotate(signs);
@@ -244,42 +229,42 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   lines.keep(shared.lines);
+  __syncthreads();  // tables and queries are there
 
   KeyCodes<Steps> key_codes{};
   key_codes.load(shared.codes);
-  DecodeRows<Steps> rows{};
+  DecodeRows<Steps> rows;
+  {
+    const int own = max(0, min(lane / 4, num_rows - 1));  // rows past the last repeat it
+    rows.scale[0] = shared.scale[own];
+    rows.source = nullptr;
+#pragma unroll
+    for (int k = 0; k < Steps::kKeySteps; ++k) {
+      uint32_t a[1][4];
+      load_query<Steps>(shared.query[0][own], shared.query[1][own], k, a);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows.q[k][i] = pinned(a[0][i]);
+    }
+  }
   const LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
   const float cap_log2e = p.softcap * 1.4426950408889634f;
   const auto unmasked = UnmaskedTiles::make(p, segment);
   DecodeState<Steps> state;
   state.clear();
-  // Tile -1 is a rehearsal, on the pair table, by the warps that have no row: code takes longer to be
-  // fetched for the first time than to run, and there is nothing else to do until copies land.
 #pragma unroll 1
-  for (int i = -1; i < tiles.count; ++i) {
-    if (i >= 0) {
-      ptx::cp_async_wait<C::kStages - 1>();
-      __syncwarp();  // every lane's part of the tile has landed
-    }
-    if (i >= 0 || !has_row) {
-      consume_tile<Steps>(
-          plan, i >= 0 ? tiles.stage(i) : table, [] {}, table + 4 * lane, at, key_codes, rows,
-          cap_log2e,
-          [&]() -> uint32_t {
-            const int tile = tiles.first + C::kWarps * i;
-            if (unmasked.has(tile)) return 0;
-            return hidden_columns<Steps>(p, plan, segment, 0, tile);
-          },
-          state);
-    }
-    if (i < 0) {
-      __syncthreads();  // queries are there
-      load_own_rows<C>(shared, num_rows, rows);
-      state.clear();
-    } else {
-      __syncwarp();  // all lanes have read the tile
-      tiles.copy(p.cache, plan, i + C::kStages);
-    }
+  for (int i = 0; i < tiles.count; ++i) {
+    ptx::cp_async_wait<C::kStages - 1>();
+    __syncwarp();  // every lane's part of the tile has landed
+    consume_tile<Steps>(
+        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, cap_log2e,
+        [&]() -> uint32_t {
+          const int tile = tiles.first + C::kWarps * i;
+          if (unmasked.has(tile)) return 0;
+          return hidden_columns<Steps>(p, plan, segment, 0, tile);
+        },
+        state);
+    __syncwarp();  // all lanes have read the tile
+    tiles.copy(p.cache, plan, i + C::kStages);
   }
   ptx::cp_async_wait<0>();
 

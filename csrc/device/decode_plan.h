@@ -71,15 +71,14 @@ constexpr int kLargestCluster = 16;  // where there is room
 constexpr int kClusterWarps = 16, kClusterStages = 4;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
-constexpr int64_t kClusterMostKeys = 16384;
-constexpr int kClusterMostPages = static_cast<int>(kClusterMostKeys) / kTileTokens;
+constexpr int64_t kClusterMostKeys = 4096;
 // A tile of one KV head: K codes, V codes, K norms, V norms.
 constexpr int cluster_tile_bytes(int head_dim) { return kTileTokens * (head_dim + 8); }
 
 // The combination of rows rotated by butterflies (decode_light.cuh).  What a CTA of the main kernel
 // leaves free on its SM is enough for one of its CTAs: 64 threads of 64 registers, and shared memory.
 constexpr int kLightWarps = 2, kLightThreads = kLightWarps * kWarpSize, kLightRegisters = 64;
-constexpr int kLightSmemBytes = 2560;
+constexpr int kLightSmemBytes = 1024;  // what any CTA takes
 constexpr int kLightCtas = 65536 / (kLightThreads * kLightRegisters);  // an SM takes
 // Beyond so many partial results a row, several warps for each are faster.
 constexpr int kLightMostPartials = 40;
@@ -443,6 +442,9 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     if (plan.num_stages >= 3) break;
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
+  // A stage always belongs to the same team: one that sees only every other filling of it could take
+  // an old one for its own, as both end a phase of the same parity.
+  if (plan.teams > 0) plan.num_stages -= plan.num_stages % plan.teams;
   // Few KV heads: many small stages, filled by a copy each.
   plan.bulk_batch = plan.copy.num_pieces() == 1 && plan.num_stages >= 32 ? plan.num_stages / 8 : 1;
   plan.whole_tiles = plan.bulk_batch == 1 && plan.copy.num_pieces() == 1;
