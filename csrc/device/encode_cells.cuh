@@ -9,6 +9,7 @@
 // range into the other without a step at i = 8.  The line in a cell still rises by less than 1, the
 // least distance of two thresholds.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "cell_table.cuh"
@@ -32,9 +33,7 @@ TQ4_HOST_DEVICE Cell make_byte_cell(CellSet cells, int c, float u) {
   return {fmaf(-kCellStep, at, even), fmaf(-kCellStep, at, odd)};
 }
 
-// The byte of two neighbouring dims in bits 16..23; the other bits are garbage.
-TQ4_HOST_DEVICE constexpr uint32_t merge_high_nibbles(uint32_t even_bits, uint32_t odd_bits) {
-  return (even_bits & 0xfff00000u) | (odd_bits & 0x000fffffu);
-}
+// Of the byte of two neighbouring dims in bits 16..23, the bits that are the even one's.
+inline constexpr uint32_t kEvenNibble = 0xfff00000u;
 
 }  // namespace tq4

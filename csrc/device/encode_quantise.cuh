@@ -43,7 +43,7 @@ __device__ __forceinline__ Quantiser make_quantiser(float boundary) {
                         [](CellSet cells, int c, float u) { return make_cell(cells, c, u); });
 }
 
-// For merge_high_nibbles.
+// Of the cells in encode_cells.cuh.
 __device__ __forceinline__ Quantiser make_byte_quantiser(float boundary) {
   return make_quantiser(boundary,
                         [](CellSet cells, int c, float u) { return make_byte_cell(cells, c, u); });

@@ -26,6 +26,7 @@
 #include "../layout.h"
 #include "../ptx/arith.cuh"
 #include "../ptx/dynamic_smem.cuh"
+#include "../ptx/global_access.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/opaque.cuh"
 #include "../ptx/quantise.cuh"
@@ -141,7 +142,7 @@ template <class C>
 __device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target, const RowCursor& cursor,
                                           const EncodeParams& p, uint64_t policy) {
   const int t = threadIdx.x % 4;
-  // Opaque as in load_tile.
+  // Opaque as in load_tile; `place` has no uniform part that ptxas could tell from the rest.
   const uint32_t places[2] = {ptx::opaque(place), ptx::opaque(place ^ 64)};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -155,12 +156,10 @@ __device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target, con
     }
   }
   ptx::cp_async_commit();
-  target.slot = -1;
+  const bool exists = cursor.row + t % 2 * 8 < p.num_rows, mapped = p.slot_mapping != nullptr;
   target.head = cursor.head;
-  if (cursor.row + t % 2 * 8 < p.num_rows) {
-    target.slot = cursor.token;
-    if (p.slot_mapping != nullptr) target.slot = __ldg(p.slot_mapping + cursor.token);
-  }
+  target.slot = exists && !mapped ? int64_t{cursor.token} : -1;
+  ptx::ld_global_if(target.slot, p.slot_mapping + cursor.token, exists && mapped);
 }
 
 // Codes (lanes t = 0, 1 of a row's four) or norms (t = 2, 3) of the own row.
@@ -223,7 +222,8 @@ __device__ __forceinline__ void quantise_bytes(WgmmaAccumulators<C>& acc, const 
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float* pair = acc + 16 * w + 4 * j + 2 * r;
-          bytes[j] = merge_high_nibbles(
+          bytes[j] = ptx::bit_select(
+              kEvenNibble,
               cell_line(pair[0], scale, quantiser.axis.bias, quantiser.even_intercept),
               cell_line(pair[1], scale, quantiser.axis.bias, quantiser.odd_intercept));
         }
@@ -273,8 +273,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const uint32_t s_matrix = ptx::smem_address(ptx::dynamic_shared());
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
   const int group = warp_uniform(threadIdx.x / C::kGroupThreads);
-  const uint32_t s_tiles =
-      s_matrix + C::Matrix::kBytes + group * (C::kBuffers * C::Tile::kBytes);
+  constexpr uint32_t kRing = C::kBuffers * C::Tile::kBytes;
+  const uint32_t s_tiles = s_matrix + C::Matrix::kBytes + group * kRing;
   const int two_sides = p.num_sides - 1;
   const EncodeSide& side = p.sides[blockIdx.x & two_sides];
   const int cta = blockIdx.x >> two_sides, num_ctas = gridDim.x >> two_sides;
@@ -307,11 +307,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   cursor.head = own - cursor.token * p.heads.divisor;
   cursor.x = reinterpret_cast<uint64_t>(side.x) + cursor.token * side.token_stride +
              cursor.head * side.head_stride;
-  const uint32_t place = C::Tile::offset(group_row, t);
+  // Where the lane's chunks go.  Not made of `group`: see load_rows.
+  const uint32_t first_place = s_matrix + C::Matrix::kBytes + threadIdx.x / C::kGroupThreads * kRing +
+                               C::Tile::offset(group_row, t);
   OwnTarget targets[2];  // of this tile and the next
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    load_rows<C>(s_tiles + i * C::Tile::kBytes + place, targets[i], cursor, p, policy);
+    load_rows<C>(first_place + i * C::Tile::kBytes, targets[i], cursor, p, policy);
     advance(cursor, stride, p.heads.divisor);
   }
 
@@ -327,7 +329,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   const uint64_t matrix =
       ptx::wgmma_descriptor(s_matrix, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
-  uint32_t buffer = 0, next_buffer = 2 * C::Tile::kBytes;  // of this tile, of the one to be fetched
+  uint32_t buffer = 0;                                      // of this tile
+  uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to be fetched
 #pragma unroll 1
   for (; tile_row < p.num_rows; tile_row += stride.row) {
     // [3/6] Rotate, once every thread's part of the tile has arrived.
@@ -343,10 +346,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     // [4/6] Meanwhile, fetch the tile after the next and find where this one goes.
     const int64_t own_address = find_address(p, destination, targets[0]);
     targets[0] = targets[1];
-    load_rows<C>(s_tiles + next_buffer + place, targets[1], cursor, p, policy);
+    load_rows<C>(place, targets[1], cursor, p, policy);
     advance(cursor, stride, p.heads.divisor);
-    next_buffer = buffer;
-    buffer = buffer == 2 * C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
+    place += C::Tile::kBytes;
+    if (place >= first_place + kRing) place -= kRing;
+    buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
 
@@ -370,17 +374,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t address = from_owner(own_address, r);
-      if (address >= 0) {
-        auto* codes = reinterpret_cast<uint32_t*>(address) + t * C::kWords;
-        if constexpr (C::kWords == 4) {
-          *reinterpret_cast<uint4*>(codes) =
-              make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
-        } else {
-          *reinterpret_cast<uint2*>(codes) = make_uint2(words[r][0], words[r][1]);
-        }
-      }
+      if (address >= 0) ptx::st_global(address + t * C::Map::kQuarterBytes, words[r]);
     }
-    if (t >= 2 && own_address >= 0) *reinterpret_cast<float*>(own_address) = norm;
+    if (t >= 2 && own_address >= 0) ptx::st_global(own_address, norm);
   }
 }
 

@@ -303,6 +303,19 @@ void run_dim(uint64_t seed) {
   both.pad = 4;
   run<__nv_bfloat16, D>(both, ++seed);
   run<float, D>(both, ++seed);
+  both.heads = 8;  // wide rows, as wgmma takes them: several rounds of tiles, and odd rows
+  both.head_major = false;
+  both.tokens = 75;
+  both.pad = 0;
+  run<__half, D>(both, ++seed);
+  both.heads = 6;
+  both.tokens = 141;
+  both.strange = true;
+  both.v_turn = Turn::kNone;
+  both.gap = 8;
+  both.ctas = 2;
+  run<__nv_bfloat16, D>(both, ++seed);
+  both.strange = false;
   both.tokens = 1;
   both.norm_correction = true;
   both.gap = 8;
