@@ -69,36 +69,40 @@ inline bool encode_wgmma_takes(const EncodeParams& p, int head_dim) {
 
 // ---- B.
 
-// A thread's part of B: chunk threadIdx % (D / 8) of rows from threadIdx / (D / 8) on.
+// A thread's part of B: chunk threadIdx % (D / 8) of rows threadIdx / (D / 8), + 32, ...  `signs`: of
+// the chunk's columns of the rotation, in the uppermost bits.
 template <class C>
-__device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard, const uint4& low_signs,
-                                            const uint4& high_signs) {
+__device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard,
+                                            const uint32_t (&signs)[8]) {
   constexpr int D = C::kHeadDim, kChunks = D / 8, kRowsAtOnce = C::kThreads / kChunks;
-  static_assert(kRowsAtOnce % 32 == 0, "the last three bits of the dim are those of the first row");
+  constexpr int kRounds = D / kRowsAtOnce;
+  static_assert(kRounds == 1 || (kRowsAtOnce == 32 && kRounds == 4), "dim + 8 a round, no carries");
   constexpr bool kHalf = std::is_same_v<typename C::Element, __half>;
-  constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u;
+  constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u, kBoth = 0x10001u, kMinus = 0x80008000u;
   constexpr uint32_t kUnitBits = kHalf ? (D == 128 ? 0x2c00u : 0x3000u) : (D == 128 ? 0x3d80u : 0x3e00u);
   const uint32_t chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-  const uint32_t dim = C::Map::code_dim(first / 8, first / 2 % 4, first % 2);
-  // Words of the chunk, but for the sign that all of it has from the upper bits of dim and chunk.
+  const uint32_t dim = C::Map::code_dim(first / 8, first / 2 % 4, first % 2), block = dim / 8;
+  // H[dim][k] is minus to the common one bits of dim and k = 8 chunk + e: those of e differ within the
+  // chunk, those of block and chunk are a sign of all of it.
+  const uint32_t flip1 = dim << 31, flip2 = (dim >> 1 & 1) * kMinus, flip4 = (dim >> 2 & 1) * kMinus;
+  const uint32_t flip = static_cast<uint32_t>(__popc(block & chunk) & 1) * kMinus;
   uint32_t words[4];
-  const uint32_t signs[8] = {low_signs.x,  low_signs.y,  low_signs.z,  low_signs.w,
-                             high_signs.x, high_signs.y, high_signs.z, high_signs.w};
-  const uint32_t flip1 = dim << 31, flip2 = dim % 4 / 2 * 0x80008000u, flip4 = dim % 8 / 4 * 0x80008000u;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    words[i] = (ptx::prmt(signs[2 * i], signs[2 * i + 1], 0x7632) & 0x80008000u) ^ flip1 ^
-               (kUnitBits * 0x10001u) ^ (i % 2 ? flip2 : 0) ^ (i / 2 ? flip4 : 0);
+    words[i] = (ptx::prmt(signs[2 * i], signs[2 * i + 1], 0x7632) & kMinus) ^ (flip1 ^ flip) ^
+               (kUnitBits * kBoth) ^ (i % 2 ? flip2 : 0) ^ (i / 2 ? flip4 : 0);
     if (!hadamard) words[i] = static_cast<int>(dim % 8 / 2) == i ? kOne << (dim % 2 * 16) : 0;
   }
   const uint32_t place = s_matrix + C::Matrix::offset(first, chunk);
 #pragma unroll
-  for (int j = 0; j < D / kRowsAtOnce; ++j) {
-    const uint32_t block = dim / 8 + j * (kRowsAtOnce / 32);
-    const uint32_t flip = hadamard && __popc(block & chunk) % 2 ? 0x80008000u : 0u;
-    const uint32_t mask = hadamard || block == chunk ? ~0u : 0u;
-    ptx::st_shared_v4(place + j * kRowsAtOnce * 128, (words[0] ^ flip) & mask,
-                      (words[1] ^ flip) & mask, (words[2] ^ flip) & mask, (words[3] ^ flip) & mask);
+  for (int j = 0; j < kRounds; ++j) {
+    const uint32_t more = ((j & 1) * (chunk & 1) ^ (j >> 1) * (chunk >> 1 & 1)) * kMinus;
+    const uint32_t round_flip = hadamard ? more : 0;
+    // Opaque: one LOP3 a word.
+    const uint32_t mask = ptx::opaque(hadamard || block + j == chunk ? ~0u : 0u);
+    ptx::st_shared_v4(place + j * kRowsAtOnce * 128, (words[0] ^ round_flip) & mask,
+                      (words[1] ^ round_flip) & mask, (words[2] ^ round_flip) & mask,
+                      (words[3] ^ round_flip) & mask);
   }
 }
 
@@ -287,12 +291,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const float boundary = __ldg(side.boundaries + min(lane, kNumBoundaries - 1));
   const float centroid = __ldg(side.centroids + lane % kNumCentroids);
   const bool hadamard = side.rotation != nullptr;
-  uint4 low_signs = {0, 0, 0, 0}, high_signs = {0, 0, 0, 0};
+  uint32_t signs[8] = {};
   if (hadamard) {
-    const auto* signs = reinterpret_cast<const uint4*>(side.rotation) + threadIdx.x % kChunks * 2;
-    low_signs = __ldg(signs);
-    high_signs = __ldg(signs + 1);
+    const auto* from = reinterpret_cast<const uint4*>(side.rotation) + threadIdx.x % kChunks * 2;
+    const uint4 low = __ldg(from), high = __ldg(from + 1);
+    signs[0] = low.x, signs[1] = low.y, signs[2] = low.z, signs[3] = low.w;
+    signs[4] = high.x, signs[5] = high.y, signs[6] = high.z, signs[7] = high.w;
   }
+#pragma unroll
+  for (uint32_t& sign : signs) sign = ptx::opaque(sign);  // keeps the loads in front
   const uint64_t policy = ptx::read_once_policy();
   RowStride stride;
   stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
@@ -318,7 +325,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 
   // [2/6] Tables.
-  fill_matrix<C>(s_matrix, hadamard, low_signs, high_signs);
+  fill_matrix<C>(s_matrix, hadamard, signs);
   ptx::fence_shared_async();
   const float gain = hadamard ? side.entry / C::kUnit : 1.f;
   // |B x|^2 = D kUnit^2 |x|^2
