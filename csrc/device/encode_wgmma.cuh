@@ -112,14 +112,13 @@ __device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard,
 struct RowCursor {
   uint64_t x;
   uint32_t token, head;
-  int32_t row;  // row g of the warp's 16
+  uint32_t row;  // row g of the warp's 16
 };
 
 // By how much it moves from tile to tile.
 struct RowStride {
   int64_t x, wrap;  // bytes; wrap: more, where the head number wraps around
-  uint32_t token, head;
-  int32_t row;
+  uint32_t token, head, row;
 };
 
 __device__ __forceinline__ void advance(RowCursor& cursor, const RowStride& stride, uint32_t heads) {
@@ -145,13 +144,13 @@ struct OwnTarget {
 template <class C>
 __device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target, const RowCursor& cursor,
                                           const EncodeParams& p, uint64_t policy) {
-  const int t = threadIdx.x % 4;
+  const uint32_t t = threadIdx.x % 4, num_rows = p.num_rows;
   // Opaque as in load_tile; `place` has no uniform part that ptxas could tell from the rest.
   const uint32_t places[2] = {ptx::opaque(place), ptx::opaque(place ^ 64)};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(cursor.x, r)) + 16 * t);
-    if (cursor.row + 8 * r < p.num_rows) {
+    if (cursor.row + 8 * r < num_rows) {
 #pragma unroll
       for (int i = 0; i < C::kHeadDim / 32; ++i) {
         ptx::cp_async_once<16>(places[i % 2] + i / 2 * C::Tile::kPanelBytes + r * 1024, x + 64 * i,
@@ -160,7 +159,7 @@ __device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target, con
     }
   }
   ptx::cp_async_commit();
-  const bool exists = cursor.row + t % 2 * 8 < p.num_rows, mapped = p.slot_mapping != nullptr;
+  const bool exists = cursor.row + t % 2 * 8 < num_rows, mapped = p.slot_mapping != nullptr;
   target.head = cursor.head;
   target.slot = exists && !mapped ? int64_t{cursor.token} : -1;
   ptx::ld_global_if(target.slot, p.slot_mapping + cursor.token, exists && mapped);
@@ -184,9 +183,8 @@ __device__ __forceinline__ int64_t find_address(const EncodeParams& p, const Des
                                                 const OwnTarget& target) {
   const uint32_t slot = static_cast<uint32_t>(target.slot);
   const uint32_t block = p.block.quotient(slot), offset = slot - block * p.block.divisor;
-  const int64_t address =
-      reinterpret_cast<int64_t>(to.base) + block * to.block_stride +
-      static_cast<int32_t>(offset * to.token_stride + target.head * to.head_stride);
+  const int64_t address = reinterpret_cast<int64_t>(to.base) + block * to.block_stride +
+                          (offset * to.token_stride + target.head * to.head_stride);
   return target.slot < 0 ? -1 : address;
 }
 
@@ -283,8 +281,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const EncodeSide& side = p.sides[blockIdx.x & two_sides];
   const int cta = blockIdx.x >> two_sides, num_ctas = gridDim.x >> two_sides;
   const int group_row = threadIdx.x / kWarpSize % 4 * 16 + lane / 4;  // row g of this warp
+  const uint32_t num_rows = p.num_rows;
   // CTAs first, as in encode_kernel.
-  int tile_row = (group * num_ctas + cta) * C::kTileRows;
+  uint32_t tile_row = (group * num_ctas + cta) * C::kTileRows;
 
   // [1/6] Start the loads, those of the tables first.
   constexpr int kChunks = C::kHeadDim / 8;
@@ -301,27 +300,29 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
   for (uint32_t& sign : signs) sign = ptx::opaque(sign);  // keeps the loads in front
   const uint64_t policy = ptx::read_once_policy();
-  RowStride stride;
-  stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
-  stride.token = p.heads.quotient(stride.row);
-  stride.head = stride.row - stride.token * p.heads.divisor;
-  stride.x = stride.token * side.token_stride + stride.head * side.head_stride;
-  stride.wrap = side.token_stride - p.heads.divisor * side.head_stride;
-  RowCursor cursor;
-  cursor.row = tile_row + group_row;
-  const uint32_t own = cursor.row + t % 2 * 8;
-  cursor.token = p.heads.quotient(own);
-  cursor.head = own - cursor.token * p.heads.divisor;
-  cursor.x = reinterpret_cast<uint64_t>(side.x) + cursor.token * side.token_stride +
-             cursor.head * side.head_stride;
   // Where the lane's chunks go.  Not made of `group`: see load_rows.
   const uint32_t first_place = s_matrix + C::Matrix::kBytes + threadIdx.x / C::kGroupThreads * kRing +
                                C::Tile::offset(group_row, t);
-  OwnTarget targets[2];  // of this tile and the next
+  RowStride stride = {};
+  stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
+  RowCursor cursor = {};
+  OwnTarget targets[2] = {};  // of this tile and the next
+  if (tile_row < num_rows) {  // a branch that also keeps the loads above in front
+    stride.token = p.heads.quotient(stride.row);
+    stride.head = stride.row - stride.token * p.heads.divisor;
+    stride.x = stride.token * side.token_stride + stride.head * side.head_stride;
+    stride.wrap = side.token_stride - p.heads.divisor * side.head_stride;
+    cursor.row = tile_row + group_row;
+    const uint32_t own = cursor.row + t % 2 * 8;
+    cursor.token = p.heads.quotient(own);
+    cursor.head = own - cursor.token * p.heads.divisor;
+    cursor.x = reinterpret_cast<uint64_t>(side.x) + cursor.token * side.token_stride +
+               cursor.head * side.head_stride;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    load_rows<C>(first_place + i * C::Tile::kBytes, targets[i], cursor, p, policy);
-    advance(cursor, stride, p.heads.divisor);
+    for (int i = 0; i < 2; ++i) {
+      load_rows<C>(first_place + i * C::Tile::kBytes, targets[i], cursor, p, policy);
+      advance(cursor, stride, p.heads.divisor);
+    }
   }
 
   // [2/6] Tables.
@@ -339,7 +340,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   uint32_t buffer = 0;                                      // of this tile
   uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to be fetched
 #pragma unroll 1
-  for (; tile_row < p.num_rows; tile_row += stride.row) {
+  for (; tile_row < num_rows; tile_row += stride.row) {
     // [3/6] Rotate, once every thread's part of the tile has arrived.
     ptx::cp_async_wait<1>();
     ptx::fence_shared_async();
