@@ -276,7 +276,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
   const int group = warp_uniform(threadIdx.x / C::kGroupThreads);
   constexpr uint32_t kRing = C::kBuffers * C::Tile::kBytes;
-  const uint32_t s_tiles = s_matrix + C::Matrix::kBytes + group * kRing;
+  // In uniform registers, for descriptors.
+  const uint32_t s_operands = warp_uniform(static_cast<int>(s_matrix));
+  const uint32_t s_tiles = s_operands + C::Matrix::kBytes + group * kRing;
   const int two_sides = p.num_sides - 1;
   const EncodeSide& side = p.sides[blockIdx.x & two_sides];
   const int cta = blockIdx.x >> two_sides, num_ctas = gridDim.x >> two_sides;
@@ -336,29 +338,31 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();  // B is complete before any warpgroup multiplies; the last barrier of all
 
   const uint64_t matrix =
-      ptx::wgmma_descriptor(s_matrix, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
+      ptx::wgmma_descriptor(s_operands, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
   uint32_t buffer = 0;                                      // of this tile
   uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to be fetched
 #pragma unroll 1
   for (; tile_row < num_rows; tile_row += stride.row) {
-    // [3/6] Rotate, once every thread's part of the tile has arrived.
+    // [3/6] Fetch and rotate, once every thread's part of the tile has arrived.
     ptx::cp_async_wait<1>();
     ptx::fence_shared_async();
     // The four warps' copies of this tile come before its products, and their products of the last
     // tile before the copies into its place.
     ptx::named_barrier_sync(1 + group, C::kGroupThreads);
-    WgmmaAccumulators<C> acc;
-    ptx::wgmma_fence();
-    issue_products<C>(
-        acc, ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B), matrix);
-    // [4/6] Meanwhile, fetch the tile after the next and find where this one goes.
-    const int64_t own_address = find_address(p, destination, targets[0]);
+    // The tile after the next first: a warp stands still while it issues its products.
+    const OwnTarget target = targets[0];
     targets[0] = targets[1];
     load_rows<C>(place, targets[1], cursor, p, policy);
     advance(cursor, stride, p.heads.divisor);
     place += C::Tile::kBytes;
     if (place >= first_place + kRing) place -= kRing;
+    WgmmaAccumulators<C> acc;
+    ptx::wgmma_fence();
+    issue_products<C>(
+        acc, ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B), matrix);
     buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
+    // [4/6] Meanwhile, find where the rows go.
+    const int64_t own_address = find_address(p, destination, target);
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
 
