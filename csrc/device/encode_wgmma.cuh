@@ -305,27 +305,31 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // Where the lane's chunks go.  Not made of `group`: see load_rows.
   const uint32_t first_place = s_matrix + C::Matrix::kBytes + threadIdx.x / C::kGroupThreads * kRing +
                                C::Tile::offset(group_row, t);
-  RowStride stride = {};
-  stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
   RowCursor cursor = {};
   OwnTarget targets[2] = {};  // of this tile and the next
-  if (tile_row < num_rows) {  // a branch that also keeps the loads above in front
-    stride.token = p.heads.quotient(stride.row);
-    stride.head = stride.row - stride.token * p.heads.divisor;
-    stride.x = stride.token * side.token_stride + stride.head * side.head_stride;
-    stride.wrap = side.token_stride - p.heads.divisor * side.head_stride;
+  // Branches: the compiler would put the loads above and the first tile behind the rest.
+  if (tile_row < num_rows) {
     cursor.row = tile_row + group_row;
     const uint32_t own = cursor.row + t % 2 * 8;
     cursor.token = p.heads.quotient(own);
     cursor.head = own - cursor.token * p.heads.divisor;
     cursor.x = reinterpret_cast<uint64_t>(side.x) + cursor.token * side.token_stride +
                cursor.head * side.head_stride;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      load_rows<C>(first_place + i * C::Tile::kBytes, targets[i], cursor, p, policy);
-      advance(cursor, stride, p.heads.divisor);
-    }
+    load_rows<C>(first_place, targets[0], cursor, p, policy);
   }
+  RowStride stride;
+  stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
+  stride.token = p.heads.quotient(stride.row);
+  stride.head = stride.row - stride.token * p.heads.divisor;
+  stride.x = stride.token * side.token_stride + stride.head * side.head_stride;
+  stride.wrap = side.token_stride - p.heads.divisor * side.head_stride;
+  advance(cursor, stride, p.heads.divisor);
+  if (tile_row + stride.row < num_rows) {
+    load_rows<C>(first_place + C::Tile::kBytes, targets[1], cursor, p, policy);
+  } else {
+    ptx::cp_async_commit();
+  }
+  advance(cursor, stride, p.heads.divisor);
 
   // [2/6] Tables.
   fill_matrix<C>(s_matrix, hadamard, signs);
