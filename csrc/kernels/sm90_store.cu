@@ -1,4 +1,4 @@
-// Store and compress of many rows by wgmma, sm_90a.
+// The launcher of encode_wgmma_kernel.
 #include <algorithm>
 #include <stdexcept>
 
