@@ -7,13 +7,15 @@
 //   global x  --cp.async-->  tile, swizzled  --wgmma with B-->  accumulators  -->  codes in global
 //   64 x D                   in shared                          y n, fp32          64 x D/2 bytes
 //
-//   B = diag(signs) H times a power of two, or the identity; exact.  Its columns are in the order of
-//       FragmentMap::code_dim, so that a lane accumulates D/4 consecutive dims of rows g and g + 8.
+//   B = diag(signs) H times a power of two, or the identity; exact.  Its columns are in the order
+//       of FragmentMap::code_dim, so that a lane accumulates D/4 consecutive dims of rows g, g + 8.
 //
-// Beside encode_kernel.cuh, per warp and 16 rows: one product in the place of fragment loads, signs,
-// 32 products and butterflies; nothing waits but for whole tiles.  Two tiles are in flight while a
-// third is worked on.  16 warps of 128 registers: while the tensor cores have one warpgroup's tile
-// (a fifth of the time), the other three quantise.
+// Beside encode_kernel.cuh, per warp and 16 rows: one product in the place of fragment loads,
+// signs, 32 products and butterflies, 540 instructions instead of 890 (D = 128).  Two tiles are in
+// flight while a third is worked on.  16 warps of 128 registers: while the tensor cores have one
+// warpgroup's tile (512 cycles), the other three quantise.  12 warps with the next tile's products
+// beside this one's quantising would be two sets of accumulators in turn, so twice the code to
+// fetch, for what the other warpgroups hide already.
 //
 // Shared memory (dynamic): [B][tiles of warpgroup 0: 3][of 1] ...
 #pragma once
@@ -56,8 +58,8 @@ struct EncodeWgmmaConfig {
   using Tile = KeyMajorImage<2 * D, kTileRows>;  // in bytes
   using Matrix = KeyMajorImage<2 * D, D>;        // B: row = column of the product
   static constexpr int kSmemBytes = Matrix::kBytes + kWarpgroups * kBuffers * Tile::kBytes;
-  // Entries of B.  128 squares of it, or 64, are at most 1: sums of squares of rotated rows overflow
-  // no earlier than those of x.
+  // Entries of B.  D squares of it are at most 1: sums of squares of rotated rows overflow no
+  // earlier than those of x.
   static constexpr float kUnit = D == 128 ? 0.0625f : 0.125f;
 };
 
@@ -69,8 +71,8 @@ inline bool encode_wgmma_takes(const EncodeParams& p, int head_dim) {
 
 // ---- B.
 
-// A thread's part of B: chunk threadIdx % (D / 8) of rows threadIdx / (D / 8), + 32, ...  `signs`: of
-// the chunk's columns of the rotation, in the uppermost bits.
+// A thread's part of B: chunk threadIdx % (D / 8) of rows threadIdx / (D / 8), + 32, ...  `signs`:
+// of the chunk's columns of the rotation, in the uppermost bits.
 template <class C>
 __device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard,
                                             const uint32_t (&signs)[8]) {
@@ -79,12 +81,14 @@ __device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard,
   static_assert(kRounds == 1 || (kRowsAtOnce == 32 && kRounds == 4), "dim + 8 a round, no carries");
   constexpr bool kHalf = std::is_same_v<typename C::Element, __half>;
   constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u, kBoth = 0x10001u, kMinus = 0x80008000u;
-  constexpr uint32_t kUnitBits = kHalf ? (D == 128 ? 0x2c00u : 0x3000u) : (D == 128 ? 0x3d80u : 0x3e00u);
+  constexpr uint32_t kUnitBits =
+      kHalf ? (D == 128 ? 0x2c00u : 0x3000u) : (D == 128 ? 0x3d80u : 0x3e00u);
   const uint32_t chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
   const uint32_t dim = C::Map::code_dim(first / 8, first / 2 % 4, first % 2), block = dim / 8;
-  // H[dim][k] is minus to the common one bits of dim and k = 8 chunk + e: those of e differ within the
-  // chunk, those of block and chunk are a sign of all of it.
-  const uint32_t flip1 = dim << 31, flip2 = (dim >> 1 & 1) * kMinus, flip4 = (dim >> 2 & 1) * kMinus;
+  // H[dim][k] is -1 to the number of common one bits of dim and k = 8 chunk + e: those of e differ
+  // within the chunk, those of block and chunk are a sign of all of it.
+  const uint32_t flip1 = dim << 31, flip2 = (dim >> 1 & 1) * kMinus,
+                 flip4 = (dim >> 2 & 1) * kMinus;
   const uint32_t flip = static_cast<uint32_t>(__popc(block & chunk) & 1) * kMinus;
   uint32_t words[4];
 #pragma unroll
@@ -121,7 +125,8 @@ struct RowStride {
   uint32_t token, head, row;
 };
 
-__device__ __forceinline__ void advance(RowCursor& cursor, const RowStride& stride, uint32_t heads) {
+__device__ __forceinline__ void advance(RowCursor& cursor, const RowStride& stride,
+                                        uint32_t heads) {
   cursor.row += stride.row;
   cursor.token += stride.token;
   cursor.head += stride.head;
@@ -142,14 +147,16 @@ struct OwnTarget {
 // Starts the loads of a tile's 16 rows of this warp, four lanes a row, and of the own row's slot.
 // `place`: of chunk t of row g.  Rows past the end are not read.
 template <class C>
-__device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target, const RowCursor& cursor,
-                                          const EncodeParams& p, uint64_t policy) {
+__device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target,
+                                          const RowCursor& cursor, const EncodeParams& p,
+                                          uint64_t policy) {
   const uint32_t t = threadIdx.x % 4, num_rows = p.num_rows;
   // Opaque as in load_tile; `place` has no uniform part that ptxas could tell from the rest.
   const uint32_t places[2] = {ptx::opaque(place), ptx::opaque(place ^ 64)};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(cursor.x, r)) + 16 * t);
+    const uint8_t* x =
+        ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(cursor.x, r)) + 16 * t);
     if (cursor.row + 8 * r < num_rows) {
 #pragma unroll
       for (int i = 0; i < C::kHeadDim / 32; ++i) {
