@@ -179,10 +179,10 @@ struct Destination {
   int32_t token_stride, head_stride;
 };
 
-__device__ __forceinline__ Destination make_destination(const EncodeParams& p, const EncodeSide& side,
-                                                        bool norms) {
-  return norms ? Destination{side.norms, p.norm_block_stride, p.norm_token_stride, p.norm_head_stride}
-               : Destination{side.codes, p.code_block_stride, p.code_token_stride, p.code_head_stride};
+__device__ __forceinline__ Destination make_destination(const EncodeParams& p,
+                                                        const EncodeSide& side, bool norms) {
+  if (norms) return {side.norms, p.norm_block_stride, p.norm_token_stride, p.norm_head_stride};
+  return {side.codes, p.code_block_stride, p.code_token_stride, p.code_head_stride};
 }
 
 // Negative: not stored.
@@ -265,7 +265,8 @@ __device__ __forceinline__ void issue_products(WgmmaAccumulators<C>& acc, uint64
 #pragma unroll
   for (int step = 0; step < C::kHeadDim / 16; ++step) {
     const uint64_t a = ptx::wgmma_advance(rows, step / 4 * C::Tile::kPanelBytes + step % 4 * 32);
-    const uint64_t b = ptx::wgmma_advance(matrix, step / 4 * C::Matrix::kPanelBytes + step % 4 * 32);
+    const uint64_t b =
+        ptx::wgmma_advance(matrix, step / 4 * C::Matrix::kPanelBytes + step % 4 * 32);
     if constexpr (std::is_same_v<typename C::Element, __half>) {
       ptx::wgmma_f16(acc, a, b, step > 0);
     } else {
@@ -310,7 +311,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   for (uint32_t& sign : signs) sign = ptx::opaque(sign);  // keeps the loads in front
   const uint64_t policy = ptx::read_once_policy();
   // Where the lane's chunks go.  Not made of `group`: see load_rows.
-  const uint32_t first_place = s_matrix + C::Matrix::kBytes + threadIdx.x / C::kGroupThreads * kRing +
+  const uint32_t first_place = s_matrix + C::Matrix::kBytes +
+                               threadIdx.x / C::kGroupThreads * kRing +
                                C::Tile::offset(group_row, t);
   RowCursor cursor = {};
   OwnTarget targets[2] = {};  // of this tile and the next
@@ -350,8 +352,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   const uint64_t matrix =
       ptx::wgmma_descriptor(s_operands, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
-  uint32_t buffer = 0;                                      // of this tile
-  uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to be fetched
+  uint32_t buffer = 0;                                 // of this tile
+  uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to fetch
 #pragma unroll 1
   for (; tile_row < num_rows; tile_row += stride.row) {
     // [3/6] Fetch and rotate, once every thread's part of the tile has arrived.
@@ -369,8 +371,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (place >= first_place + kRing) place -= kRing;
     WgmmaAccumulators<C> acc;
     ptx::wgmma_fence();
-    issue_products<C>(
-        acc, ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B), matrix);
+    const uint64_t rows =
+        ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
+    issue_products<C>(acc, rows, matrix);
     buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
     // [4/6] Meanwhile, find where the rows go.
     const int64_t own_address = find_address(p, destination, target);
