@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -44,6 +45,14 @@ template <class C>
 using Accumulators = float[C::Map::kPassGroups][4][4];
 
 // ---- Input.
+
+// Touches another line of the parameters in each of four warps, for the reason given in
+// parameter_lines.cuh.  Says false, since the words are upper halves of pointers and a shift.
+__device__ __forceinline__ bool touch_line(const EncodeParams& p) {
+  static_assert(offsetof(EncodeParams, sides[0].x) == 0 && offsetof(EncodeParams, sides[0].norms) == 64 &&
+                offsetof(EncodeParams, sides[1].codes) == 128 && offsetof(EncodeParams, heads.shift2) == 196, "words 16 i + 1");
+  return reinterpret_cast<const uint32_t*>(&p)[threadIdx.x / kWarpSize % 4 * 16 + 1] == ~0u;
+}
 
 // A value that all lanes hold alike, told to the compiler: branches on it need no divergent copies
 // of the shuffles behind them.

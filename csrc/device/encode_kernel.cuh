@@ -28,7 +28,6 @@
 //
 // Shared memory (dynamic): [R's fragments, only with a rotation][one x tile a warp]
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 #include "../layout.h"
@@ -82,14 +81,6 @@ __device__ __forceinline__ RowPointers find_pointers(const EncodeParams& p, cons
 }
 
 // ---- The kernel.
-
-// Touches another line of the parameters in each of four warps, for the reason given in
-// parameter_lines.cuh.  Says false, since the words are upper halves of pointers and a shift.
-__device__ __forceinline__ bool touch_line(const EncodeParams& p) {
-  static_assert(offsetof(EncodeParams, sides[0].x) == 0 && offsetof(EncodeParams, sides[0].norms) == 64 &&
-                offsetof(EncodeParams, sides[1].codes) == 128 && offsetof(EncodeParams, heads.shift2) == 196, "words 16 i + 1");
-  return reinterpret_cast<const uint32_t*>(&p)[threadIdx.x / kWarpSize % 4 * 16 + 1] == ~0u;
-}
 
 // Static shared memory.
 struct EncodeTables {

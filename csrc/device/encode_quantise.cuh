@@ -5,6 +5,7 @@
 #include "../layout.h"
 #include "../ptx/quantise.cuh"
 #include "cell_table.cuh"
+#include "encode_cells.cuh"
 #include "encode_input.cuh"
 
 namespace tq4 {
@@ -16,8 +17,9 @@ struct Quantiser {
   bool exact;                           // the cell table is usable (uniform over the warp)
 };
 
-// Lane i holds boundary i, lanes from 15 on any.
-__device__ __forceinline__ Quantiser make_quantiser(float boundary) {
+// Lane i holds boundary i, lanes from 15 on any; `make` makes the cell with the lane's number.
+template <typename MakeCell>
+__device__ __forceinline__ Quantiser make_quantiser(float boundary, MakeCell make) {
   const int lane = threadIdx.x % kWarpSize;
   const float first = __shfl_sync(kFullWarp, boundary, 0);
   const float last = __shfl_sync(kFullWarp, boundary, kNumBoundaries - 1);
@@ -29,12 +31,22 @@ __device__ __forceinline__ Quantiser make_quantiser(float boundary) {
       kFullWarp, has_boundary && u >= 0.f ? CellSet{1} << cell_number(u) : CellSet{0});
   quantiser.exact =
       warp_uniform(__all_sync(kFullWarp, !has_boundary || has_own_cell(cells, u, lane)));
-  const Cell cell =
-      make_cell(cells, lane, __shfl_sync(kFullWarp, u, cells_below(cells, lane)));
+  const Cell cell = make(cells, lane, __shfl_sync(kFullWarp, u, cells_below(cells, lane)));
   quantiser.even_intercept = cell.even_intercept;
   quantiser.odd_intercept = cell.odd_intercept;
   quantiser.boundary = boundary;
   return quantiser;
+}
+
+__device__ __forceinline__ Quantiser make_quantiser(float boundary) {
+  return make_quantiser(boundary,
+                        [](CellSet cells, int c, float u) { return make_cell(cells, c, u); });
+}
+
+// Of the cells in encode_cells.cuh.
+__device__ __forceinline__ Quantiser make_byte_quantiser(float boundary) {
+  return make_quantiser(boundary,
+                        [](CellSet cells, int c, float u) { return make_byte_cell(cells, c, u); });
 }
 
 // Bits of r; see cell_table.cuh.

@@ -1,5 +1,6 @@
 // Launchers of store and compress: both are encode_kernel (device/encode_kernel.cuh) with different
-// row targets or, for few rows and no matrix, encode_rows_kernel (device/encode_rows.cuh).
+// row targets or, for few rows and no matrix, encode_rows_kernel (device/encode_rows.cuh) or, for
+// many rows on Hopper, encode_wgmma_kernel (sm90_store.cu).
 #include <algorithm>
 #include <stdexcept>
 
@@ -7,6 +8,7 @@
 #include "../device/encode_rows.cuh"
 #include "../device/launch.h"
 #include "head_dim.h"
+#include "sm90_store.h"
 #include "store.h"
 
 namespace tq4 {
@@ -37,12 +39,18 @@ bool few_rows(const EncodeRowsParams& rows, int num_sides) {
 }
 
 template <typename T>
-void launch_element(const EncodeParams& p, int head_dim, Stream stream) {
+void launch_element(const EncodeParams& p, int head_dim, [[maybe_unused]] DType dtype,
+                    Stream stream) {
   EncodeRowsParams rows;
   if (make_encode_rows_params(rows, p, head_dim) && few_rows(rows, p.num_sides)) {
     const dim3 grid(encode_rows_ctas(rows), p.num_sides);
     return launch_kernel(encode_rows_kernel<T>, grid, kEncodeRowsThreads, 0, stream, rows);
   }
+#ifdef TQ4_HAS_SM90A
+  if (device_properties().arch == 90 && sm90::encodes(p, head_dim, dtype)) {
+    return sm90::launch_encode(p, head_dim, dtype, stream);
+  }
+#endif
   dispatch_head_dim(head_dim, [&](auto d) { launch_config<EncodeConfig<T, d>>(p, stream); });
 }
 
@@ -50,11 +58,11 @@ void launch_encode(const EncodeParams& p, int head_dim, DType dtype, Stream stre
   if (p.num_rows == 0) return;
   switch (dtype) {
     case DType::kFloat16:
-      return launch_element<__half>(p, head_dim, stream);
+      return launch_element<__half>(p, head_dim, dtype, stream);
     case DType::kBFloat16:
-      return launch_element<__nv_bfloat16>(p, head_dim, stream);
+      return launch_element<__nv_bfloat16>(p, head_dim, dtype, stream);
     case DType::kFloat32:
-      return launch_element<float>(p, head_dim, stream);
+      return launch_element<float>(p, head_dim, dtype, stream);
   }
   throw std::invalid_argument("dtype: expected float16, bfloat16 or float32");
 }

@@ -4,6 +4,7 @@
 // emulation/ptx.
 #include "device/encode_kernel.cuh"
 #include "device/encode_rows.cuh"
+#include "device/encode_wgmma.cuh"
 #include "emulated_cache.h"
 #include "intrinsics.h"
 
@@ -26,7 +27,7 @@ struct Case {
 };
 
 // Which kernel, and whether Hadamard rotations reach it as signs.
-enum class Way { kMatrix, kSigns, kRows };
+enum class Way { kMatrix, kSigns, kRows, kWgmma };
 
 // Checks one encoded row against x.
 template <typename T>
@@ -147,6 +148,15 @@ void run(const Case& c, uint64_t seed) {
       emulation::launch_grid(tq4::encode_rows_kernel<T>, grid, tq4::kEncodeRowsThreads, rows);
       return true;
     }
+    if (way == Way::kWgmma) {
+      if constexpr (sizeof(T) == 2 && (D == 64 || D == 128)) {
+        if (!tq4::encode_wgmma_takes(p, D)) return false;
+        using Config = tq4::EncodeWgmmaConfig<T, D>;
+        emulation::launch(tq4::encode_wgmma_kernel<Config>, c.ctas * p.num_sides, Config::kThreads, p);
+        return true;
+      }
+      return false;
+    }
     p.tile_buffers = c.tile_buffers;
     using Config = tq4::EncodeConfig<T, D>;
     emulation::launch(tq4::encode_kernel<Config>, c.ctas * p.num_sides, 32 * c.warps, p);
@@ -161,13 +171,18 @@ void run(const Case& c, uint64_t seed) {
   Packed first_packed;
   Norms first_norms;
   std::vector<uint4> first_storage;
-  for (const Way way : {Way::kMatrix, Way::kSigns, Way::kRows}) {
+  for (const Way way : {Way::kMatrix, Way::kSigns, Way::kRows, Way::kWgmma}) {
     if (way == Way::kSigns && !has_signs) continue;
     Cache cache(c.head_major, num_blocks, c.heads, c.block_size, D, c.pad, 0xa5);
     Packed packed(static_cast<size_t>(c.tokens) * c.heads * D / 8 + 1, 0xa5a5a5a5u);
     Norms norms(static_cast<size_t>(c.tokens) * c.heads + 1, -7.f);
     const bool done = encode(way, cache, packed, norms);
-    CHECK(done == (way != Way::kRows || (D != 96 && aligned && !has_matrix)));
+    const bool wide = c.dense || tq4::copy_width(cache.view) >= D / 8;
+    const bool of_kernel = way == Way::kRows ? D != 96
+                           : way == Way::kWgmma
+                               ? sizeof(T) == 2 && (D == 64 || D == 128) && wide
+                               : true;
+    CHECK(done == (of_kernel && (way < Way::kRows || (aligned && !has_matrix))));
     if (!done) continue;
 
     // Every row that was to be stored, and no other byte.
@@ -288,6 +303,19 @@ void run_dim(uint64_t seed) {
   both.pad = 4;
   run<__nv_bfloat16, D>(both, ++seed);
   run<float, D>(both, ++seed);
+  both.heads = 8;  // wide rows, as wgmma takes them: several rounds of tiles, and odd rows
+  both.head_major = false;
+  both.tokens = 167;
+  both.pad = 0;
+  run<__half, D>(both, ++seed);
+  both.heads = 6;
+  both.tokens = 141;
+  both.strange = true;
+  both.v_turn = Turn::kNone;
+  both.gap = 8;
+  both.ctas = 2;
+  run<__nv_bfloat16, D>(both, ++seed);
+  both.strange = false;
   both.tokens = 1;
   both.norm_correction = true;
   both.gap = 8;

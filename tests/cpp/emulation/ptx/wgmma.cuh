@@ -131,4 +131,46 @@ void wgmma_f16(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t b, bool accum
   });
 }
 
+namespace detail {
+
+// A and B of 16-bit elements in shared memory, both K-major.
+template <typename ToFloat, int kRegs>
+void multiply_k_major(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate, ToFloat to_float) {
+  const int lane = emulation::lane(), warp = emulation::machine().thread_index() / 32 % 4;
+  float* const result = d;
+  wgmma_queue().open.push_back([=] {
+    const WgmmaOperand rows(a), columns(b);
+    const auto load = [&](const WgmmaOperand& operand, int row, float (&x)[16]) {
+      for (int k = 0; k < 16; k += 8) {
+        const uint4 chunk = load_shared<uint4>(operand.k_major(row, 2 * k));
+        const auto* elements = reinterpret_cast<const uint16_t*>(&chunk);
+        for (int e = 0; e < 8; ++e) x[k + e] = to_float(elements[e]);
+      }
+    };
+    float x[2][16], y[16];  // rows g and g + 8
+    for (int half = 0; half < 2; ++half) load(rows, 16 * warp + lane / 4 + 8 * half, x[half]);
+    for (int i = 0; i < kRegs; ++i) {
+      load(columns, i / 4 * 8 + lane % 4 * 2 + i % 2, y);
+      double sum = accumulate ? result[i] : 0.f;
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(x[i % 4 / 2][k]) * y[k];
+      result[i] = static_cast<float>(sum);
+    }
+  });
+}
+
+}  // namespace detail
+
+template <int kRegs>
+void wgmma_f16(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
+  detail::multiply_k_major(d, a, b, accumulate,
+                           [](uint16_t bits) { return emulation::half_to_float(bits); });
+}
+
+template <int kRegs>
+void wgmma_bf16(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
+  detail::multiply_k_major(d, a, b, accumulate, [](uint16_t bits) {
+    return emulation::from_bits<float>(static_cast<uint32_t>(bits) << 16);
+  });
+}
+
 }  // namespace tq4::ptx
