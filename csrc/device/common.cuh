@@ -26,6 +26,8 @@ TQ4_HOST_DEVICE constexpr T round_up(T a, T multiple) {
   return ceil_div(a, multiple) * multiple;
 }
 
+TQ4_HOST_DEVICE constexpr bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
+
 // n / d for n >= 0, d > 0: a 64-bit division takes five times as long, and is hardly ever needed.
 TQ4_HOST_DEVICE int64_t divide(int64_t n, int64_t d) {
   if ((n | d) >> 32 == 0) return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);

@@ -195,10 +195,10 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     corner = fabsf(p.out_rotation[0]);
   }
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-  const auto* progress = reinterpret_cast<const UnitProgress*>(
-      workspace + ptx::opaque_offset(plan.unit_progress));
+  const auto* ranges =
+      reinterpret_cast<const CtaRange*>(workspace + ptx::opaque_offset(plan.unit_ctas));
   const auto ctas_of = [&](const CombineRow& r) {
-    return r.exists ? progress[r.unit].ctas() : CtaRange{0, 0};
+    return r.exists ? ranges[r.unit] : CtaRange{0, 0};
   };
   PartialTerms<D> terms = PartialTerms<D>::make(p, plan, row, log_parts);
   lines.keep(tile_rows.lines);

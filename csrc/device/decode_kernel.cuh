@@ -5,7 +5,7 @@
 //   decode_kernel    partial softmax(S) V' over this CTA's share of the keys  -> workspace
 //   decode_combine   sum of the partials, sink, LSE, out = O R
 //
-// The first and the last come in two forms, for dense rotations and for light ones (decode_light.cuh).
+// Rotations by butterflies have a prepare kernel of their own (decode_prepare_light.cuh).
 //
 // One CTA an SM takes an equal share of the batch's keys (decode_schedule.h) and all KV heads of a
 // tile of 16 tokens at once, so that a page is copied whole: one run of Hkv * 16 * (D + 8) bytes.
@@ -32,10 +32,8 @@
 
 #include "../params.h"
 #include "../ptx/dynamic_smem.cuh"
-#include "../ptx/global_counter.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mbarrier.cuh"
-#include "../ptx/opaque.cuh"
 #include "../ptx/register_pool.cuh"
 #include "decode_key_codes.cuh"
 #include "decode_merge.cuh"
@@ -223,23 +221,6 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   }
 }
 
-// Tells the kernel that combines that this warp's part of the unit is there.
-__device__ __forceinline__ void report_progress(const AttentionParams& p, const DecodePlan& plan,
-                                                const WarpScratch& scratch) {
-  __syncwarp();  // all lanes have written their parts
-  if (threadIdx.x % kWarpSize != 0 || reload(scratch.place.team) != 0) return;
-  const DecodeSegment segment = reload(scratch.segment);
-  const bool leads = reload(scratch.place.slot) == 0;
-  const auto progress = UnitProgress::of(segment.tile_end - segment.tile_begin,
-                                         leads && segment.begins_unit ? blockIdx.x : 0,
-                                         leads && segment.ends_unit ? blockIdx.x + 1 : 0);
-  const int64_t unit = static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk;
-  // Opaque: not an address kept in registers through the tile loop.
-  auto* counter = static_cast<uint8_t*>(p.workspace) +
-                  ptx::opaque_offset(plan.unit_progress + unit * int64_t{sizeof(uint64_t)});
-  ptx::add_release(reinterpret_cast<uint64_t*>(counter), progress.word);
-}
-
 // [4/4] The teams' results become one, which goes to the workspace.
 template <typename Config>
 __device__ __forceinline__ void finish_segment(const AttentionParams& p, const DecodePlan& plan,
@@ -258,7 +239,12 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
                           reinterpret_cast<float*>(workspace + plan.partial_out), Config::D, first,
                           count, place.value_unit, state);
   }
-  report_progress(p, plan, scratch);
+  if (place.team == 0 && place.slot == 0 && threadIdx.x % kWarpSize == 0) {
+    auto* range = reinterpret_cast<CtaRange*>(static_cast<uint8_t*>(p.workspace) + plan.unit_ctas) +
+                  (static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk);
+    if (segment.begins_unit) range->begin = blockIdx.x;
+    if (segment.ends_unit) range->end = blockIdx.x + 1;
+  }
   RingPosition ring = reload(scratch.ring);
   ring.advance((segment.tile_end - segment.tile_begin) % (2 * plan.num_stages), plan.num_stages);
   __syncwarp();  // all lanes have read the old position
@@ -309,9 +295,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   }
   const LaneOffsets at = make_lane_offsets<Config>(plan.copy.stage, plan.token_map, place.head);
   bool found = shared.queue.pop(scratch.segment, scratch.queue);
-  ptx::wait_for_predecessor();  // decode_prepare has written q and cleared the counters
-  // Not earlier: the kernel that combines may look at the counters at once.
-  if (threadIdx.x == 0) ptx::allow_dependent_launch();
+  ptx::wait_for_predecessor();  // decode_prepare has written q
   for (; found; found = shared.queue.pop(scratch.segment, scratch.queue)) {
     DecodeState<Config> state;
     consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes, state);
@@ -352,6 +336,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<DecodeShared*>(bytes + decode_shared_offset(Config::kMode));
   const uint32_t smem = ptx::smem_address(bytes);
   const int warp = threadIdx.x / kWarpSize;
+  ptx::allow_dependent_launch();
 
   if (warp >= Config::kWarps) {
     if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();

@@ -75,14 +75,6 @@ constexpr int64_t kClusterMostKeys = 4096;
 // A tile of one KV head: K codes, V codes, K norms, V norms.
 constexpr int cluster_tile_bytes(int head_dim) { return kTileTokens * (head_dim + 8); }
 
-// The combination of rows rotated by butterflies (decode_light.cuh).  What a CTA of the main kernel
-// leaves free on its SM is enough for one of its CTAs: 64 threads of 64 registers, and shared memory.
-constexpr int kLightWarps = 2, kLightThreads = kLightWarps * kWarpSize, kLightRegisters = 64;
-constexpr int kLightSmemBytes = 1024;  // what any CTA takes
-constexpr int kLightCtas = 65536 / (kLightThreads * kLightRegisters);  // an SM takes
-// Beyond so many partial results a row, several warps for each are faster.
-constexpr int kLightMostPartials = 40;
-
 constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel takes at once
 
 constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
@@ -110,12 +102,6 @@ inline int decode_smem_limit(int arch) {
   return 99 * 1024;
 }
 
-// Its CTAs: a warp for each row as far as they fit on the device at the same time.
-inline int light_grid(int64_t rows, int num_sms) {
-  return static_cast<int>(
-      std::min<int64_t>(ceil_div<int64_t>(rows, kLightWarps), int64_t{kLightCtas} * num_sms));
-}
-
 // What the kernels get besides AttentionParams.
 struct DecodePlan {
   TileCopy copy;
@@ -130,8 +116,7 @@ struct DecodePlan {
   bool bulk;           // bulk copies; else cp.async
   bool wide;           // stage rows are aligned for vector loads
   bool overlapped;     // launches may overlap; set by launch_decode
-  // Whether the small kernels are those of decode_light.cuh.
-  bool light_prepare, light_combine;
+  bool light_prepare;  // rows of q are rotated by butterflies, or not at all
   int32_t row_groups;  // warps that share a (KV head, tile)
   int32_t heads_per_chunk, num_chunks;
   int32_t slots;  // warps of a team: heads_per_chunk * row_groups
@@ -157,7 +142,7 @@ struct DecodePlan {
   int64_t query_residual;  // the same of what rounding left; one octet only
   int64_t query_scale;     // fp32 [query_rows]: log2 units of one unit of norm * (q . k)
   int64_t dense_rotation;  // int32: not 0 if out_rotation is no Hadamard matrix
-  int64_t unit_progress;   // UnitProgress [B, num_chunks]
+  int64_t unit_ctas;       // CtaRange [B, num_chunks]
   int64_t partial_stats;   // float2 {m, l} [partials, heads_per_chunk, max_rows]
   int64_t partial_out;     // fp32 [partials, heads_per_chunk, max_rows, D]
   int64_t workspace_bytes;
@@ -403,7 +388,7 @@ namespace detail {
 
 // Whether a row is rotated by butterflies, or not at all.
 inline bool is_light(int head_dim, const float* rotation, bool signs) {
-  return (head_dim & (head_dim - 1)) == 0 && (rotation == nullptr || signs);
+  return is_power_of_two(head_dim) && (rotation == nullptr || signs);
 }
 
 // Fills in what depends on the pipeline; false when the cache cannot be read that way.
@@ -411,7 +396,7 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   const PageView& view = p.cache;
   plan.mode = decode_mode(view.head_dim, plan.max_rows, p.int8, bulk);
   const int octets = decode_octets(plan.mode);
-  const int limit = decode_smem_limit(p.arch) - (bulk ? kLightSmemBytes : 0);
+  const int limit = decode_smem_limit(p.arch);
   plan.bulk = bulk;
   plan.warps = decode_warps(view.head_dim, plan.mode, bulk);
   plan.row_groups = ceil_div(plan.max_rows, 8 * octets);
@@ -521,9 +506,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   const int64_t half = std::max(1, p.num_sms / 2);
   plan.prepare_grid = static_cast<int32_t>(
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
-  plan.grid = p.num_sms;
-  if (prepare_blocks <= p.num_sms / 32) plan.grid -= plan.prepare_grid;
-  require(plan.grid <= kMostDecodeCtas, "num_sms: expected at most 65535");
+  plan.grid = p.num_sms - (prepare_blocks <= p.num_sms / 32 ? plan.prepare_grid : 0);
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable;
   if (has_bulk && detail::takes_clusters(p, plan)) {
@@ -553,10 +536,6 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   const int late_ctas = waits ? plan.prepare_grid : 0;
   plan.shares = {Divider::make(plan.grid), plan.grid - late_ctas, plan.segment_cost};
 
-  plan.light_combine =
-      detail::is_light(view.head_dim, p.out_rotation, p.out_signs) &&
-      plan.grid <= int64_t{kLightMostPartials} * p.num_seqs * plan.num_chunks;
-
   const int64_t rows = plan.query_rows;
   const int64_t partials =
       static_cast<int64_t>(plan.grid) + static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
@@ -573,8 +552,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
       take(decode_octets(plan.mode) == 1 ? rows * view.head_dim * query_bytes : 0);
   plan.query_scale = take(rows * 4);
   plan.dense_rotation = take(4);
-  plan.unit_progress =
-      take(static_cast<int64_t>(p.num_seqs) * plan.num_chunks * sizeof(UnitProgress));
+  plan.unit_ctas = take(static_cast<int64_t>(p.num_seqs) * plan.num_chunks * sizeof(CtaRange));
   plan.partial_stats = take(partial_rows * 8);
   plan.partial_out = take(partial_rows * view.head_dim * 4);
   plan.workspace_bytes = at;

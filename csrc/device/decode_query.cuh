@@ -72,15 +72,16 @@ __device__ __forceinline__ float row_unit(DecodeMode mode, float largest) {
   return has_int8_query(mode) ? query_unit(largest) : __fdiv_rn(1.f, fp16_row_scale(largest));
 }
 
-// What the main kernel adds to, or writes only where it finds something.
+// What the main kernel writes only where it finds something: units without tiles keep an empty
+// range.
 __device__ __forceinline__ void clear_findings(const AttentionParams& p, const DecodePlan& plan) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
-  auto* progress = reinterpret_cast<UnitProgress*>(workspace + plan.unit_progress);
+  auto* ranges = reinterpret_cast<CtaRange*>(workspace + plan.unit_ctas);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 1
   for (int64_t i = first; i < static_cast<int64_t>(p.num_seqs) * plan.num_chunks; i += step) {
-    progress[i] = {0};
+    ranges[i] = {0, 0};
   }
   if (first == 0) *reinterpret_cast<int32_t*>(workspace + plan.dense_rotation) = 0;
 }

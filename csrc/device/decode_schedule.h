@@ -187,20 +187,4 @@ struct CtaRange {
   int begin, end;
 };
 
-// What the CTAs of a unit have finished, in one word that starts at zero and to which each of their
-// warps adds: tiles (those of the unit once for each warp when all is there), and the unit's CTAs.
-struct UnitProgress {
-  uint64_t word;
-
-  TQ4_HOST_DEVICE static UnitProgress of(int tiles, int begin, int end) {
-    return {static_cast<uint64_t>(static_cast<uint32_t>(tiles)) << 32 |
-            static_cast<uint64_t>(static_cast<uint32_t>(begin)) << 16 | static_cast<uint32_t>(end)};
-  }
-  TQ4_HOST_DEVICE uint32_t tiles() const { return static_cast<uint32_t>(word >> 32); }
-  TQ4_HOST_DEVICE CtaRange ctas() const {
-    return {static_cast<int>(word >> 16 & 0xffff), static_cast<int>(word & 0xffff)};
-  }
-};
-constexpr int kMostDecodeCtas = 0xffff;  // of a grid, for the above
-
 }  // namespace tq4

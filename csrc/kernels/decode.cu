@@ -3,9 +3,9 @@
 #include <cstdint>
 
 #include "../device/decode_combine.cuh"
-#include "../device/decode_light.cuh"
 #include "../device/decode_plan.h"
 #include "../device/decode_prepare.cuh"
+#include "../device/decode_prepare_light.cuh"
 #include "decode.h"
 #include "decode_launch.cuh"
 #include "decode_steps.h"
@@ -18,26 +18,14 @@ constexpr bool kHasBulkKernels = true;
 constexpr bool kHasBulkKernels = false;
 #endif
 
-// Calls launch(D) for the head dimensions that the light kernels have.
-template <typename Launch>
-void dispatch_light(int head_dim, Launch&& launch) {
-  dispatch_head_dim(head_dim, [&](auto d) {
-    if constexpr ((d & (d - 1)) == 0) {
-      launch(d);
-    } else {
-      throw std::logic_error("decode: no light kernel for this head dimension");
-    }
-  });
-}
-
 void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  if (plan.light_prepare) {
-    return dispatch_light(p.cache.head_dim, [&](auto d) {
-      launch_kernel(decode_prepare_light_kernel<d>, dim3(plan.prepare_grid),
-                    dim3(kPrepareRows * kWarpSize), 0, stream, p, plan);
-    });
-  }
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
+    if constexpr (is_power_of_two(d)) {
+      if (plan.light_prepare) {
+        return launch_kernel(decode_prepare_light_kernel<d>, dim3(plan.prepare_grid),
+                             dim3(kPrepareRows * kWarpSize), 0, stream, p, plan);
+      }
+    }
     launch_kernel(decode_prepare_kernel<d>, dim3(plan.prepare_grid),
                   dim3(PrepareConfig<d>::kThreads), 0, stream, p, plan);
   });
@@ -45,13 +33,6 @@ void launch_decode_prepare(const AttentionParams& p, const DecodePlan& plan, Str
 
 void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   const int64_t rows = static_cast<int64_t>(p.num_seqs) * p.max_query_len * p.num_q_heads;
-  if (plan.light_combine) {
-    return dispatch_light(p.cache.head_dim, [&](auto d) {
-      launch_dependent_kernel(plan.overlapped, decode_combine_light_kernel<d>,
-                              dim3(light_grid(rows, p.num_sms)), dim3(kLightThreads), 0, stream, p,
-                              plan);
-    });
-  }
   // As few rows a block as fill the device, in powers of two.
   int rows_per_block = 1;
   while (rows_per_block < kCombineRows && rows > static_cast<int64_t>(rows_per_block) * p.num_sms) {

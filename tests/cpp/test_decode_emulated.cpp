@@ -11,9 +11,9 @@
 #include "device/decode_cluster.cuh"
 #include "device/decode_combine.cuh"
 #include "device/decode_kernel.cuh"
-#include "device/decode_light.cuh"
 #include "device/decode_plan.h"
 #include "device/decode_prepare.cuh"
+#include "device/decode_prepare_light.cuh"
 #include "layout.h"
 
 namespace {
@@ -103,18 +103,15 @@ void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int row
   const int blocks = static_cast<int>(tq4::ceil_div<int64_t>(plan.query_rows, tq4::kPrepareRows));
   const int out_rows = p.num_seqs * p.max_query_len * p.num_q_heads;
   if constexpr (D != 96) {
-    if (plan.light_prepare && plan.light_combine) {
-      const auto grid = [](int64_t rows) { return static_cast<int>(std::min<int64_t>(3, rows)); };
-      emulation::launch(tq4::decode_prepare_light_kernel<D>, grid(plan.query_rows),
+    if (plan.light_prepare) {
+      emulation::launch(tq4::decode_prepare_light_kernel<D>, std::min(2, blocks),
                         tq4::kPrepareRows * tq4::kWarpSize, p, plan);
-      run_main<D>(p, plan);
-      emulation::launch(tq4::decode_combine_light_kernel<D>, grid(out_rows), tq4::kLightThreads, p,
-                        plan);
-      return;
     }
   }
-  emulation::launch(tq4::decode_prepare_kernel<D>, std::min(2, blocks),
-                    tq4::PrepareConfig<D>::kThreads, p, plan);
+  if (!plan.light_prepare) {
+    emulation::launch(tq4::decode_prepare_kernel<D>, std::min(2, blocks),
+                      tq4::PrepareConfig<D>::kThreads, p, plan);
+  }
   run_main<D>(p, plan);
   emulation::launch(tq4::decode_combine_kernel<D>,
                     std::min(3, tq4::ceil_div(out_rows, rows_per_block)), tq4::kCombineThreads, p,
@@ -620,6 +617,26 @@ int main(int argc, char** argv) {
       c.head_dim = head_dim, c.int8 = false, c.outliers = true, c.lengths = {90}, c.rotate = true;
     });
     test(("one row" + suffix).c_str(), [&](Case& c) { c.head_dim = head_dim, c.group = 1; });
+  }
+  for (int head_dim : {64, 128, 256}) {
+    const std::string suffix = " D " + std::to_string(head_dim);
+    const auto signs = [&](const char* name, auto&& change) {
+      test((name + suffix).c_str(), [&](Case& c) {
+        c.head_dim = head_dim, c.rotate = true, c.rotation = Case::kSigns;
+        change(c);
+      });
+    };
+    signs("signs", [](Case& c) { c.lengths = {70, 0, 33}; });
+    signs("signs, portable, bf16", [](Case& c) { c.bulk = false, c.bf16 = true; });
+    signs("signs, rows 16", [](Case& c) {
+      c.queries = {4, 0, 2}, c.lengths = {60, 20, 1}, c.max_query_len = 4;
+    });
+    signs("signs, exact", [](Case& c) { c.int8 = false, c.outliers = true, c.lengths = {90}; });
+    signs("signs, exact, portable", [](Case& c) { c.int8 = false, c.bulk = false; });
+    signs("signs, NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
+    signs("signs, beside long sequences", [](Case& c) {
+      c.queries = {3, 1, 1}, c.lengths = {30, 60, 100}, c.short_only = true;
+    });
   }
   for (int head_dim : {64, 128}) {
     const std::string suffix = " D " + std::to_string(head_dim);

@@ -111,7 +111,7 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   CHECK(plan.num_stages % plan.teams == 0);  // a stage belongs to one team
   CHECK(plan.tiles_per_block * tq4::kTileTokens == view.block_size);
   const int64_t offsets[] = {plan.query_codes,    plan.query_residual, plan.query_scale,
-                             plan.dense_rotation, plan.unit_progress,  plan.partial_stats,
+                             plan.dense_rotation, plan.unit_ctas,      plan.partial_stats,
                              plan.partial_out,    plan.workspace_bytes};
   for (int i = 0; i + 1 < 8; ++i) CHECK(offsets[i] % 16 == 0 && offsets[i] <= offsets[i + 1]);
   const int64_t rows = int64_t{p.num_tokens} * p.num_q_heads;
