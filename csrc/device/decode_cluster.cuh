@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int own = rank + size * warp;  // the row that this warp writes
   const bool writes = own < num_rows;
   CombineRow out{};
-  typename Sum::Vector row0[Sum::kDims / Sum::kVector];
+  typename Sum::Vector row0[Sum::kDims / Sum::kVector] = {};
   if (writes) {
     const int query = static_cast<int>(plan.group_divider.quotient(own));
     const int q_head = head * plan.group + own - query * plan.group;
