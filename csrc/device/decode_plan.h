@@ -506,10 +506,10 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   const int64_t half = std::max(1, p.num_sms / 2);
   plan.prepare_grid = static_cast<int32_t>(
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
-  // A row takes little without a matrix: half as many CTAs, whose SMs start that little later.
+  // A row takes little without a matrix: fewer CTAs, whose SMs start that little later.
   if (plan.light_prepare && prepare_blocks > p.num_sms / 32) {
     plan.prepare_grid =
-        static_cast<int32_t>(std::min<int64_t>(ceil_div<int64_t>(prepare_blocks, 2), p.num_sms));
+        static_cast<int32_t>(std::min<int64_t>(ceil_div<int64_t>(prepare_blocks, 3), p.num_sms));
   }
   plan.grid = p.num_sms - (prepare_blocks <= p.num_sms / 32 ? plan.prepare_grid : 0);
 

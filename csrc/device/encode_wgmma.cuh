@@ -354,29 +354,38 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       ptx::wgmma_descriptor(s_operands, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
   uint32_t buffer = 0;                                 // of this tile
   uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to fetch
+  // The first time through is a rehearsal, on B for rows: code takes longer to be fetched for the first
+  // time than to run, and the first tile is under way.
+  bool rehearsal = true;
 #pragma unroll 1
-  for (; tile_row < num_rows; tile_row += stride.row) {
-    // [3/6] Fetch and rotate, once every thread's part of the tile has arrived.
-    ptx::cp_async_wait<1>();
-    ptx::fence_shared_async();
-    // The four warps' copies of this tile come before its products, and their products of the last
-    // tile before the copies into its place.
-    ptx::named_barrier_sync(1 + group, C::kGroupThreads);
-    // The tile after the next first: a warp stands still while it issues its products.
-    const OwnTarget target = targets[0];
-    targets[0] = targets[1];
-    load_rows<C>(place, targets[1], cursor, p, policy);
-    advance(cursor, stride, p.heads.divisor);
-    place += C::Tile::kBytes;
-    if (place >= first_place + kRing) place -= kRing;
+  while (rehearsal || tile_row < num_rows) {
+    OwnTarget target = {};
+    uint64_t rows = matrix;
+    if (!rehearsal) {
+      // [3/6] Fetch and rotate, once every thread's part of the tile has arrived.
+      ptx::cp_async_wait<1>();
+      ptx::fence_shared_async();
+      // The four warps' copies of this tile come before its products, and their products of the last
+      // tile before the copies into its place.
+      ptx::named_barrier_sync(1 + group, C::kGroupThreads);
+      // The tile after the next first: a warp stands still while it issues its products.
+      target = targets[0];
+      targets[0] = targets[1];
+      load_rows<C>(place, targets[1], cursor, p, policy);
+      advance(cursor, stride, p.heads.divisor);
+      place += C::Tile::kBytes;
+      if (place >= first_place + kRing) place -= kRing;
+      rows = ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
+      buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
+      tile_row += stride.row;
+    }
     WgmmaAccumulators<C> acc;
     ptx::wgmma_fence();
-    const uint64_t rows =
-        ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
     issue_products<C>(acc, rows, matrix);
-    buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
     // [4/6] Meanwhile, find where the rows go.
-    const int64_t own_address = find_address(p, destination, target);
+    int64_t own_address = find_address(p, destination, target);
+    if (rehearsal) own_address = -1;
+    rehearsal = false;
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
 
