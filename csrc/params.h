@@ -52,8 +52,8 @@ struct PageView {
 
 // rotate, quantise, pack new tokens and scatter them into pages.
 //
-// Rotations of store, compress and decode are matrices [D, D] or, where the flag beside them says so, [D]: the
-// signs s of a randomised Hadamard matrix R = H diag(s) / sqrt(D), D a power of two.
+// Rotations of store, compress and decode are matrices [D, D] or, where the flag beside them says
+// so, [D]: the signs s of a randomised Hadamard matrix R = H diag(s) / sqrt(D), D a power of two.
 struct StoreParams {
   const void* key;                                // [T, Hkv, D] dtype, last dim contiguous
   const void* value;                              // [T, Hkv, D] dtype
@@ -64,11 +64,11 @@ struct StoreParams {
   const int64_t* slot_mapping;  // [T] block * block_size + offset; negative = skip
   const float* k_rotation;      // [D, D] row-major, or signs, or null (already rotated)
   const float* v_rotation;
-  bool k_signs, v_signs;        // whether they are signs [D]
-  const float* k_centroids;     // [16] ascending
-  const float* k_boundaries;    // [15]
-  const float* v_centroids;     // [16]
-  const float* v_boundaries;    // [15]
+  bool k_signs, v_signs;      // whether they are signs [D]
+  const float* k_centroids;   // [16] ascending
+  const float* k_boundaries;  // [15]
+  const float* v_centroids;   // [16]
+  const float* v_boundaries;  // [15]
   int32_t num_tokens;
   bool norm_correction;
 };

@@ -90,8 +90,11 @@ def test_portable_kernels_are_there_for_every_plain_architecture(instructions):
         for kernel in (
             "prefill_kernel",
             "decode_kernel",
+            "decode_prepare_kernel",
+            "decode_prepare_light_kernel",
             "decode_combine_kernel",
             "encode_kernel",
+            "encode_rows_kernel",
             "expand_kernel",
             "prefill_tiles_kernel",
             "rotate_queries_kernel",
@@ -225,6 +228,27 @@ def test_decode_kernels_are_complete(instructions):
     }
     wanted = {arch: portable | (own if sm90a and arch == "sm_90" else set()) for arch in plain}
     assert dict(found) == wanted
+
+
+def test_clusters_decode_by_both_tensor_core_products(instructions):
+    found = set()
+    for (arch, name), counts in instructions.items():
+        if match := re.search(r"decode_cluster_kernel.*ClusterConfigILi(\d+)E", name):
+            total = _by_family(counts)
+            assert total["IMMA"] == 2 * int(match[1]) // 32 and total["HMMA"] > 0, (arch, name)
+            assert total["UCGABAR_ARV"] > 0 and total["LDGSTS"] > 0, (arch, name)
+            found.add(int(match[1]))
+    assert found == ({64, 128} if _built_archs()[1] else set())
+
+
+def test_store_on_hopper_rotates_by_warpgroup_products(instructions):
+    found = set()
+    for (arch, name), counts in instructions.items():
+        if match := re.search(r"encode_wgmma_kernel.*EncodeWgmmaConfigI.*Li(\d+)E", name):
+            total = _by_family(counts)
+            assert total["HGMMA"] == int(match[1]) // 16 and total["HMMA"] == 0, (arch, name)
+            found.add(int(match[1]))
+    assert found == ({64, 128} if _built_archs()[1] else set())
 
 
 def test_tiles_are_expanded_for_both_prefill_kernels(instructions):

@@ -1,15 +1,15 @@
 // Decode of short contexts: one kernel, no workspace.
 //
-// With few keys decode is latency: launches, look-ups, one trip to memory after the other, code that
-// is fetched for the first time, partial results of all SMs for every row.  Here a cluster of CTAs
-// has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles in
-// turn:
+// With few keys decode is latency: launches, look-ups, one trip to memory after the other, code
+// that is fetched for the first time, partial results of all SMs for every row.  Here a cluster of
+// CTAs has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles
+// in turn:
 //
-//   every warp      page ids -> copies of its first kStages tiles          (cp.async, rings of its own)
-//   meanwhile       warp r rotates and quantises query row r; all write the tables
-//   tiles           as in decode_tile.cuh, nobody waits for anybody
-//   in the CTA      warp r sums row r over the warps' results, in shared memory
-//   in the cluster  and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE, rotation,
+//   every warp      page ids -> copies of its first kStages tiles          (cp.async, rings of its
+//   own) meanwhile       warp r rotates and quantises query row r; all write the tables tiles as in
+//   decode_tile.cuh, nobody waits for anybody in the CTA      warp r sums row r over the warps'
+//   results, in shared memory in the cluster  and sends the sum to CTA r, which adds up those of
+//   all CTAs; sink, LSE, rotation,
 //                   output
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
@@ -51,10 +51,10 @@ struct ClusterConfig {
 template <class C>
 struct ClusterShared {
   PlainKeyCodes::Tables codes;
-  float scale[C::kRows];                            // of the query rows
-  alignas(16) uint8_t query[2][C::kRows][C::D];     // codes, residuals
-  float2 stats[C::kWarps][C::kRows];                // (m, l) of the warps' results
-  uint64_t arrived;                                 // of what the CTAs send
+  float scale[C::kRows];                         // of the query rows
+  alignas(16) uint8_t query[2][C::kRows][C::D];  // codes, residuals
+  float2 stats[C::kWarps][C::kRows];             // (m, l) of the warps' results
+  uint64_t arrived;                              // of what the CTAs send
   // From each CTA its sums of this CTA's rows, which are as far apart as the cluster is large.
   float2 sum_stats[kLargestCluster];
   alignas(16) float sums[kLargestCluster][C::kRowPitch];
@@ -203,8 +203,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 
   // [2/5] Copies of the first tiles.
-  const TileRange range =
-      visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
+  const TileRange range = visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
   const TileRange share = cluster_share(range, rank, size);
   ClusterTiles<C> tiles;
   tiles.head = head;
@@ -273,7 +272,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto* results = reinterpret_cast<float*>(bytes + (rings - table));
   write_partial<Steps>(shared.stats[warp], results + warp * C::kRows * C::kRowPitch, C::kRowPitch,
                        0, num_rows, value_unit, state);
-  __syncthreads();  // all results are there
+  __syncthreads();                     // all results are there
   const int own = rank + size * warp;  // the row that this warp writes
   const bool writes = own < num_rows;
   CombineRow out{};
@@ -281,9 +280,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (writes) {
     const int query = static_cast<int>(plan.group_divider.quotient(own));
     const int q_head = head * plan.group + own - query * plan.group;
-    out = find_row(p, plan, batch,
-                   static_cast<int64_t>(seq) * plan.seq_divider.divisor + query * p.num_q_heads +
-                       q_head);
+    out = find_row(
+        p, plan, batch,
+        static_cast<int64_t>(seq) * plan.seq_divider.divisor + query * p.num_q_heads + q_head);
     if (p.out_rotation != nullptr) Sum::load_signs(p.out_rotation, row0);
   }
   Sum sum;

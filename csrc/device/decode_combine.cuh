@@ -46,7 +46,8 @@ constexpr int kCombineThreads = kCombineWarps * kWarpSize;
 constexpr int kCombineRows = 16;  // of the MMA tile
 static_assert(kCombineRows == kCombineWarps, "every warp sums one row of the tile");
 template <int D>
-constexpr int kCombineBatch = D <= 128 ? 9 : 4;  // partials loaded at once; 16 x 9 >= the SMs of an H200
+constexpr int kCombineBatch =
+    D <= 128 ? 9 : 4;  // partials loaded at once; 16 x 9 >= the SMs of an H200
 
 template <int D>
 struct CombineConfig {
@@ -62,8 +63,8 @@ struct CombineConfig {
 
 // What the warps tell each other about their rows.
 struct CombineShared {
-  float2 stats[kCombineRows];       // (m, l) of a warp's part
-  int64_t offset[kCombineRows];            // in out, elements; -1: no such row
+  float2 stats[kCombineRows];    // (m, l) of a warp's part
+  int64_t offset[kCombineRows];  // in out, elements; -1: no such row
   ParameterLines lines[kCombineWarps];
 };
 

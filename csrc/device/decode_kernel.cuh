@@ -55,8 +55,8 @@ constexpr uint32_t kStartBarrier = 3;  // consumers -> producer: barriers (and p
 
 // [1/4] The producer warp: finds the CTA's share (decode_share.cuh), and for each tile of it the
 // page id (read 32 tiles at a time, one batch ahead), a free stage, the copy.  It shares its
-// scheduler with the consumers, so its instructions a tile bound the rate at which tiles arrive; and
-// at the start nothing but the barriers' initialisation holds up the first copies.
+// scheduler with the consumers, so its instructions a tile bound the rate at which tiles arrive;
+// and at the start nothing but the barriers' initialisation holds up the first copies.
 template <typename Pipeline>
 __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
                                         DecodeShared& shared, uint32_t stages) {

@@ -105,8 +105,8 @@ __device__ __forceinline__ void merge_teams(const TeamPlace& place, DecodeState<
   for (; half > 0; half /= 2) merge_round<Config>(place, half, state);
 }
 
-// One warp's rows: (m, l) by row, O by row and dimension, rows `pitch` floats apart.  `first` is the
-// index of row 0 of the warp, `count` the rows of the warp that exist.
+// One warp's rows: (m, l) by row, O by row and dimension, rows `pitch` floats apart.  `first` is
+// the index of row 0 of the warp, `count` the rows of the warp that exist.
 template <typename Config>
 __device__ __forceinline__ void write_partial(float2* stats, float* out, int pitch, int64_t first,
                                               int count, float value_unit,

@@ -66,7 +66,7 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
 }
 
 // Decode of short contexts by clusters (decode_cluster.cuh).
-constexpr int kClusterSize = 8;       // CTAs: the most that every device with clusters takes
+constexpr int kClusterSize = 8;      // CTAs: the most that every device with clusters takes
 constexpr int kLargestCluster = 16;  // where there is room
 constexpr int kClusterWarps = 16, kClusterStages = 4;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
@@ -123,7 +123,7 @@ struct DecodePlan {
   int32_t teams;  // teams take the tiles in turn
   int32_t warps;  // consumer warps, slots * teams of them active
   int32_t num_stages;
-  int32_t bulk_batch;  // tiles that the producer handles at once, a lane each; 1: a lane a run
+  int32_t bulk_batch;   // tiles that the producer handles at once, a lane each; 1: a lane a run
   int32_t whole_tiles;  // a tile is one bulk copy, and they are handled one by one
   int32_t tiles_per_block;
   Divider block_divider;  // by tiles_per_block
@@ -420,15 +420,15 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     int half = 1;
     while (2 * half < plan.teams) half *= 2;
     const int senders = plan.teams > 1 ? std::max(plan.teams - half, half / 2) * plan.slots : 0;
-    plan.stage_offset = decode_merge_offset(plan.mode) +
-                        round_up(senders * merge_area_bytes(octets), 128);
+    plan.stage_offset =
+        decode_merge_offset(plan.mode) + round_up(senders * merge_area_bytes(octets), 128);
     plan.num_stages =
         std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
     if (plan.num_stages >= 3) break;
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
-  // A stage always belongs to the same team: one that sees only every other filling of it could take
-  // an old one for its own, as both end a phase of the same parity.
+  // A stage always belongs to the same team: one that sees only every other filling of it could
+  // take an old one for its own, as both end a phase of the same parity.
   if (plan.teams > 0) plan.num_stages -= plan.num_stages % plan.teams;
   // Few KV heads: many small stages, filled by a copy each.
   plan.bulk_batch = plan.copy.num_pieces() == 1 && plan.num_stages >= 32 ? plan.num_stages / 8 : 1;
@@ -436,13 +436,13 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   return plan.num_stages >= 2;
 }
 
-// Whether clusters of CTAs are the fastest way.  A matter of shapes: lengths are not known here, but
-// for the most that the block table has room for.
+// Whether clusters of CTAs are the fastest way.  A matter of shapes: lengths are not known here,
+// but for the most that the block table has room for.
 inline bool takes_clusters(const AttentionParams& p, const DecodePlan& plan) {
   const int head_dim = p.cache.head_dim;
   return p.arch == 90 && p.path != Path::kPortable && p.int8 &&
-         (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 &&
-         plan.light_prepare && is_light(head_dim, p.out_rotation, p.out_signs) &&
+         (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 && plan.light_prepare &&
+         is_light(head_dim, p.out_rotation, p.out_signs) &&
          int64_t{p.num_seqs} * p.cache.num_kv_heads * kClusterSize <= p.num_sms &&
          int64_t{p.max_blocks} * p.cache.block_size <= kClusterMostKeys;
 }
@@ -501,8 +501,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
           "q: too many query tokens and heads for one call");
   plan.light_prepare = detail::is_light(view.head_dim, p.q_rotation, p.q_signs);
   const int64_t prepare_blocks = ceil_div<int64_t>(plan.query_rows, kPrepareRows);
-  // Up to two blocks a CTA leave half of the SMs to CTAs of the main kernel, which fetch their first
-  // tiles meanwhile.
+  // Up to two blocks a CTA leave half of the SMs to CTAs of the main kernel, which fetch their
+  // first tiles meanwhile.
   const int64_t half = std::max(1, p.num_sms / 2);
   plan.prepare_grid = static_cast<int32_t>(
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));

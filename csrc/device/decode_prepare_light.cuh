@@ -1,5 +1,5 @@
-// The prepare kernel of decode for rows that are rotated by butterflies, or not at all: a warp a row,
-// no matrix to read, and so a third of the time of decode_prepare.cuh.
+// The prepare kernel of decode for rows that are rotated by butterflies, or not at all: a warp a
+// row, no matrix to read, and so a third of the time of decode_prepare.cuh.
 #pragma once
 #include <cstdint>
 
@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kPrepareRows* kWarpSize, 2)
     if (exists) {
       row.unpack(p.dtype);
       if (p.q_rotation != nullptr) row.rotate(signs);
-      const float largest =
-          row.write(plan.mode, workspace + plan.query_codes, workspace + plan.query_residual, index);
+      const float largest = row.write(plan.mode, workspace + plan.query_codes,
+                                      workspace + plan.query_residual, index);
       if (threadIdx.x % kWarpSize == 0) {
         reinterpret_cast<float*>(workspace + plan.query_scale)[index] =
             row_unit(plan.mode, largest) * scale;

@@ -155,7 +155,7 @@ struct SegmentQueue {
     __syncwarp();  // the segment is described
     copy_words(segment, segments[at.stage]);
     ptx::mbarrier_arrive(ptx::smem_address(&full[at.stage]));  // each lane for what it has written
-    __syncwarp();  // the position is read
+    __syncwarp();                                              // the position is read
     if (lane == 0) {
       at.advance(1, kLength);
       position = at;

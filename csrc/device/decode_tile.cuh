@@ -1,5 +1,5 @@
-// One warp, one tile of 16 tokens in a stage of shared memory: the steps of decode_step.cuh in order,
-// and which keys are hidden.
+// One warp, one tile of 16 tokens in a stage of shared memory: the steps of decode_step.cuh in
+// order, and which keys are hidden.
 #pragma once
 #include <cstdint>
 
@@ -72,8 +72,8 @@ __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t st
   const auto load_values = [&] {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      load_value_words<Config::D, Config::kWide>(
-          stage + at.value[c % 2] + c / 2 * plan.code_step, words[c]);
+      load_value_words<Config::D, Config::kWide>(stage + at.value[c % 2] + c / 2 * plan.code_step,
+                                                 words[c]);
     }
     release();
   };
@@ -92,10 +92,9 @@ __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t st
   for (int tile = 0; tile < 4 * Config::kWordsAhead; ++tile) {
     accumulate_tile<Config>(ahead[tile], tile, weights, state);
   }
-  expand_values<Config>(lane_table, words, Config::kWordsAhead, Config::Map::kValueWords,
-                        [&](int tile, const uint32_t (&a)[4]) {
-                          accumulate_tile<Config>(a, tile, weights, state);
-                        });
+  expand_values<Config>(
+      lane_table, words, Config::kWordsAhead, Config::Map::kValueWords,
+      [&](int tile, const uint32_t (&a)[4]) { accumulate_tile<Config>(a, tile, weights, state); });
 }
 
 }  // namespace tq4

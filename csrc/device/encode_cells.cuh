@@ -1,5 +1,5 @@
-// Cells as in cell_table.cuh, with intercepts for which a byte of codes ends in bits 16..23, so that
-// bytes are put together by permutations: 7 instructions for 8 codes instead of 11.
+// Cells as in cell_table.cuh, with intercepts for which a byte of codes ends in bits 16..23, so
+// that bytes are put together by permutations: 7 instructions for 8 codes instead of 11.
 //
 //   odd dims    r = 128 + i       integer part in bits 16..19
 //   even dims   r = 8 + i         for i < 8:  [8, 16), exponent 130, units in bits 20..22

@@ -49,8 +49,11 @@ using Accumulators = float[C::Map::kPassGroups][4][4];
 // Touches another line of the parameters in each of four warps, for the reason given in
 // parameter_lines.cuh.  Says false, since the words are upper halves of pointers and a shift.
 __device__ __forceinline__ bool touch_line(const EncodeParams& p) {
-  static_assert(offsetof(EncodeParams, sides[0].x) == 0 && offsetof(EncodeParams, sides[0].norms) == 64 &&
-                offsetof(EncodeParams, sides[1].codes) == 128 && offsetof(EncodeParams, heads.shift2) == 196, "words 16 i + 1");
+  static_assert(offsetof(EncodeParams, sides[0].x) == 0 &&
+                    offsetof(EncodeParams, sides[0].norms) == 64 &&
+                    offsetof(EncodeParams, sides[1].codes) == 128 &&
+                    offsetof(EncodeParams, heads.shift2) == 196,
+                "words 16 i + 1");
   return reinterpret_cast<const uint32_t*>(&p)[threadIdx.x / kWarpSize % 4 * 16 + 1] == ~0u;
 }
 
@@ -90,14 +93,15 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, RowTarget& target, co
   const uint32_t token = p.heads.quotient(clamped), head = clamped - token * p.heads.divisor;
   const uint64_t own_x =
       reinterpret_cast<uint64_t>(side.x + token * side.token_stride + head * side.head_stride);
-  // Opaque: with a uniform part of the address beside the policy, ptxas (CUDA 13.0) writes copies that
-  // are illegal instructions.
+  // Opaque: with a uniform part of the address beside the policy, ptxas (CUDA 13.0) writes copies
+  // that are illegal instructions.
   const uint32_t dst = ptx::opaque(s_tile + g * C::kRowBytes + 16 * t);
   if (p.aligned_input) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // One register pair and immediate offsets below, instead of a sum for each chunk.
-      const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t);
+      const uint8_t* x =
+          ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(own_x, r)) + 16 * t);
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
         ptx::cp_async_once<16>(dst + 8 * r * C::kRowBytes + 64 * i, x + 64 * i, policy);

@@ -47,14 +47,14 @@ struct EncodeParams {
   int64_t code_block_stride, norm_block_stride;  // bytes
   int32_t code_token_stride, norm_token_stride;  // bytes; offsets inside a block fit in 32 bits
   int32_t code_head_stride, norm_head_stride;
-  Divider heads;       // by the number of heads
-  Divider block;       // by block_size
-  int32_t num_rows;    // tokens * heads
-  int32_t num_sides;   // 2: even CTAs encode K, odd ones V
-  int32_t code_width;  // 16, 8 or 4: alignment of a row's codes
+  Divider heads;             // by the number of heads
+  Divider block;             // by block_size
+  int32_t num_rows;          // tokens * heads
+  int32_t num_sides;         // 2: even CTAs encode K, odd ones V
+  int32_t code_width;        // 16, 8 or 4: alignment of a row's codes
   int32_t tile_buffers = 1;  // tiles of x in shared memory, a warp: 1 or 2
   bool has_matrix;           // a rotation is given as a matrix
-  bool aligned_input;  // rows of x are 16-byte aligned
+  bool aligned_input;        // rows of x are 16-byte aligned
   bool norm_correction;
 };
 

@@ -96,8 +96,8 @@ inline constexpr uint32_t kFlipWords = C::Map::kSteps * 4 * 2;
 
 template <class C>
 __device__ __forceinline__ uint2 load_signs(const float* rotation, uint32_t i) {
-  return __ldg(reinterpret_cast<const uint2*>(
-      rotation + C::Map::input_dim(i / 8, i % 2, i / 2 % 4, 0)));
+  return __ldg(
+      reinterpret_cast<const uint2*>(rotation + C::Map::input_dim(i / 8, i % 2, i / 2 % 4, 0)));
 }
 
 __device__ __forceinline__ uint32_t flips_of(const uint2& signs) {

@@ -54,7 +54,7 @@ struct EncodeWgmmaConfig {
   static constexpr int kThreads = kWarpgroups * kGroupThreads;
   static constexpr int kTileRows = 64;
   static constexpr int kBuffers = 3;
-  static constexpr int kWords = D / 32;  // of codes, of a lane's part of a row
+  static constexpr int kWords = D / 32;          // of codes, of a lane's part of a row
   using Tile = KeyMajorImage<2 * D, kTileRows>;  // in bytes
   using Matrix = KeyMajorImage<2 * D, D>;        // B: row = column of the product
   static constexpr int kSmemBytes = Matrix::kBytes + kWarpgroups * kBuffers * Tile::kBytes;
@@ -232,8 +232,7 @@ __device__ __forceinline__ void quantise_bytes(WgmmaAccumulators<C>& acc, const 
         for (int j = 0; j < 4; ++j) {
           const float* pair = acc + 16 * w + 4 * j + 2 * r;
           bytes[j] = ptx::bit_select(
-              kEvenNibble,
-              cell_line(pair[0], scale, quantiser.axis.bias, quantiser.even_intercept),
+              kEvenNibble, cell_line(pair[0], scale, quantiser.axis.bias, quantiser.even_intercept),
               cell_line(pair[1], scale, quantiser.axis.bias, quantiser.odd_intercept));
         }
         words[r][w] = ptx::prmt(ptx::prmt(bytes[0], bytes[1], 0x0062),
@@ -350,42 +349,32 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const Quantiser quantiser = make_byte_quantiser(boundary);
   __syncthreads();  // B is complete before any warpgroup multiplies; the last barrier of all
 
-  const uint64_t matrix =
-      ptx::wgmma_descriptor(s_operands, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
+  const uint64_t matrix = ptx::wgmma_descriptor(s_operands, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
   uint32_t buffer = 0;                                 // of this tile
   uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to fetch
-  // The first time through is a rehearsal, on B for rows: code takes longer to be fetched for the first
-  // time than to run, and the first tile is under way.
-  bool rehearsal = true;
 #pragma unroll 1
-  while (rehearsal || tile_row < num_rows) {
-    OwnTarget target = {};
-    uint64_t rows = matrix;
-    if (!rehearsal) {
-      // [3/6] Fetch and rotate, once every thread's part of the tile has arrived.
-      ptx::cp_async_wait<1>();
-      ptx::fence_shared_async();
-      // The four warps' copies of this tile come before its products, and their products of the last
-      // tile before the copies into its place.
-      ptx::named_barrier_sync(1 + group, C::kGroupThreads);
-      // The tile after the next first: a warp stands still while it issues its products.
-      target = targets[0];
-      targets[0] = targets[1];
-      load_rows<C>(place, targets[1], cursor, p, policy);
-      advance(cursor, stride, p.heads.divisor);
-      place += C::Tile::kBytes;
-      if (place >= first_place + kRing) place -= kRing;
-      rows = ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
-      buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
-      tile_row += stride.row;
-    }
+  for (; tile_row < num_rows; tile_row += stride.row) {
+    // [3/6] Fetch and rotate, once every thread's part of the tile has arrived.
+    ptx::cp_async_wait<1>();
+    ptx::fence_shared_async();
+    // The four warps' copies of this tile come before its products, and their products of the last
+    // tile before the copies into its place.
+    ptx::named_barrier_sync(1 + group, C::kGroupThreads);
+    // The tile after the next first: a warp stands still while it issues its products.
+    const OwnTarget target = targets[0];
+    targets[0] = targets[1];
+    load_rows<C>(place, targets[1], cursor, p, policy);
+    advance(cursor, stride, p.heads.divisor);
+    place += C::Tile::kBytes;
+    if (place >= first_place + kRing) place -= kRing;
     WgmmaAccumulators<C> acc;
     ptx::wgmma_fence();
+    const uint64_t rows =
+        ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
     issue_products<C>(acc, rows, matrix);
+    buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
     // [4/6] Meanwhile, find where the rows go.
-    int64_t own_address = find_address(p, destination, target);
-    if (rehearsal) own_address = -1;
-    rehearsal = false;
+    const int64_t own_address = find_address(p, destination, target);
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
 

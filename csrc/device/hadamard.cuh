@@ -32,6 +32,8 @@ __device__ __forceinline__ void transform_hadamard(float (&x)[kCount]) {
 
 // What makes H orthogonal: 1 / sqrt(D), rounded once, as in the matrices of tq4.rotation.
 template <int D>
-constexpr float kHadamardUnit = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
+constexpr float kHadamardUnit = D == 64    ? 0.125f
+                                : D == 128 ? 0.08838834764831845f
+                                           : 0.0625f;
 
 }  // namespace tq4

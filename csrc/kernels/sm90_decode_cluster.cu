@@ -19,8 +19,8 @@ cudaLaunchAttribute cluster_attribute(int size) {
   return attribute;
 }
 
-// Larger clusters than kClusterSize that are tried, the largest first.  An SM takes one CTA, and how
-// many SMs a cluster can be spread over differs from part to part.
+// Larger clusters than kClusterSize that are tried, the largest first.  An SM takes one CTA, and
+// how many SMs a cluster can be spread over differs from part to part.
 constexpr int kLargeSizes[] = {kLargestCluster, 14, 12, 10};
 
 // How many clusters of each of these sizes run at the same time on the current device, 8 bits each.

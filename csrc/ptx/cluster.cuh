@@ -11,7 +11,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// Orders nothing by itself: a thread that has initialised mbarriers says mbarrier_fence_init before.
+// Orders nothing by itself: a thread that has initialised mbarriers says mbarrier_fence_init
+// before.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -32,8 +33,8 @@ __device__ __forceinline__ uint32_t map_to_cta(uint32_t address, uint32_t rank) 
 __device__ __forceinline__ void st_async_v2(uint32_t mapped, uint32_t mapped_barrier, float x,
                                             float y) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-          mapped),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::
+          "r"(mapped),
       "r"(__float_as_uint(x)), "r"(__float_as_uint(y)), "r"(mapped_barrier)
       : "memory");
 }

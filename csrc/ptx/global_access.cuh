@@ -1,5 +1,5 @@
-// Loads and stores of global memory whose addresses are numbers or whose predicates are data (PTX ISA,
-// "ld.global.nc", "st"): no branch, and no generic address.
+// Loads and stores of global memory whose addresses are numbers or whose predicates are data (PTX
+// ISA, "ld.global.nc", "st"): no branch, and no generic address.
 #pragma once
 #include <cstdint>
 

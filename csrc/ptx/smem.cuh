@@ -97,8 +97,8 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
-// The same of bytes that nobody reads again; `policy` is read_once_policy(), which only copies of 16
-// bytes take.
+// The same of bytes that nobody reads again; `policy` is read_once_policy(), which only copies of
+// 16 bytes take.
 template <int kBytes>
 __device__ __forceinline__ void cp_async_once(uint32_t dst, const void* src, uint64_t policy) {
   if constexpr (kBytes == 16) {
@@ -110,7 +110,9 @@ __device__ __forceinline__ void cp_async_once(uint32_t dst, const void* src, uin
   }
 }
 
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most kPending of this thread's groups are unfinished.
 template <int kPending>

@@ -255,8 +255,7 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[128], const uint32_t (&a)[4
 
 // A too in shared memory, both K-major.
 
-__device__ __forceinline__ void wgmma_f16(float (&d)[32], uint64_t a, uint64_t b,
-                                          bool accumulate) {
+__device__ __forceinline__ void wgmma_f16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -276,8 +275,7 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[32], uint64_t a, uint64_t b
       : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)));
 }
 
-__device__ __forceinline__ void wgmma_f16(float (&d)[64], uint64_t a, uint64_t b,
-                                          bool accumulate) {
+__device__ __forceinline__ void wgmma_f16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"

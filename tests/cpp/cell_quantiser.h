@@ -1,4 +1,5 @@
-// The kernel's quantisation by cells (csrc/device/cell_table.cuh), instruction by instruction, on the host.
+// The kernel's quantisation by cells (csrc/device/cell_table.cuh), instruction by instruction, on
+// the host.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -7,13 +7,13 @@
 
 #include "check.h"
 #include "cuda_cpu.h"
-#include "intrinsics.h"
 #include "device/decode_cluster.cuh"
 #include "device/decode_combine.cuh"
 #include "device/decode_kernel.cuh"
 #include "device/decode_plan.h"
 #include "device/decode_prepare.cuh"
 #include "device/decode_prepare_light.cuh"
+#include "intrinsics.h"
 #include "layout.h"
 
 namespace {
@@ -628,15 +628,13 @@ int main(int argc, char** argv) {
     };
     signs("signs", [](Case& c) { c.lengths = {70, 0, 33}; });
     signs("signs, portable, bf16", [](Case& c) { c.bulk = false, c.bf16 = true; });
-    signs("signs, rows 16", [](Case& c) {
-      c.queries = {4, 0, 2}, c.lengths = {60, 20, 1}, c.max_query_len = 4;
-    });
+    signs("signs, rows 16",
+          [](Case& c) { c.queries = {4, 0, 2}, c.lengths = {60, 20, 1}, c.max_query_len = 4; });
     signs("signs, exact", [](Case& c) { c.int8 = false, c.outliers = true, c.lengths = {90}; });
     signs("signs, exact, portable", [](Case& c) { c.int8 = false, c.bulk = false; });
     signs("signs, NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
-    signs("signs, beside long sequences", [](Case& c) {
-      c.queries = {3, 1, 1}, c.lengths = {30, 60, 100}, c.short_only = true;
-    });
+    signs("signs, beside long sequences",
+          [](Case& c) { c.queries = {3, 1, 1}, c.lengths = {30, 60, 100}, c.short_only = true; });
   }
   for (int head_dim : {64, 128}) {
     const std::string suffix = " D " + std::to_string(head_dim);
@@ -663,25 +661,22 @@ int main(int argc, char** argv) {
       c.layout = Layout::kHeadMajor, c.block_size = 64, c.lengths = {600, 40}, c.window_left = 100;
     });
     cluster("cluster, heads apart", [](Case& c) {
-      c.layout = Layout::kHeadMajorApart, c.block_size = 48, c.lengths = {100, 40},
-      c.softcap = 2.f, c.window_right = 1, c.queries = {2, 1}, c.max_query_len = 2;
+      c.layout = Layout::kHeadMajorApart, c.block_size = 48, c.lengths = {100, 40}, c.softcap = 2.f,
+      c.window_right = 1, c.queries = {2, 1}, c.max_query_len = 2;
     });
     cluster("cluster, rings used again",
             [](Case& c) { c.num_kv_heads = 1, c.group = 1, c.lengths = {8100}; });
     cluster("cluster, wild norms", [](Case& c) {
       c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {500}, c.bf16 = true;
     });
-    cluster("cluster, zero values", [](Case& c) {
-      c.zero_values = true, c.bf16 = true, c.lengths = {290};
-    });
+    cluster("cluster, zero values",
+            [](Case& c) { c.zero_values = true, c.bf16 = true, c.lengths = {290}; });
     cluster("cluster, NaN row", [](Case& c) { c.nan_row = true, c.lengths = {60, 30}; });
     cluster("cluster, outliers", [](Case& c) { c.outliers = true, c.lengths = {290}; });
-    cluster("cluster, max_query_len broken", [](Case& c) {
-      c.queries = {1, 4, 2}, c.lengths = {30, 20, 9}, c.max_query_len = 2;
-    });
-    cluster("cluster, beside long sequences", [](Case& c) {
-      c.queries = {3, 1, 1}, c.lengths = {30, 60, 100}, c.short_only = true;
-    });
+    cluster("cluster, max_query_len broken",
+            [](Case& c) { c.queries = {1, 4, 2}, c.lengths = {30, 20, 9}, c.max_query_len = 2; });
+    cluster("cluster, beside long sequences",
+            [](Case& c) { c.queries = {3, 1, 1}, c.lengths = {30, 60, 100}, c.short_only = true; });
   }
   test("48 rows", [](Case& c) {
     c.group = 6, c.queries = {8, 3}, c.lengths = {60, 20}, c.max_query_len = 8, c.num_kv_heads = 2;

@@ -152,7 +152,8 @@ void run(const Case& c, uint64_t seed) {
       if constexpr (sizeof(T) == 2 && (D == 64 || D == 128)) {
         if (!tq4::encode_wgmma_takes(p, D)) return false;
         using Config = tq4::EncodeWgmmaConfig<T, D>;
-        emulation::launch(tq4::encode_wgmma_kernel<Config>, c.ctas * p.num_sides, Config::kThreads, p);
+        emulation::launch(tq4::encode_wgmma_kernel<Config>, c.ctas * p.num_sides, Config::kThreads,
+                          p);
         return true;
       }
       return false;
@@ -178,10 +179,9 @@ void run(const Case& c, uint64_t seed) {
     Norms norms(static_cast<size_t>(c.tokens) * c.heads + 1, -7.f);
     const bool done = encode(way, cache, packed, norms);
     const bool wide = c.dense || tq4::copy_width(cache.view) >= D / 8;
-    const bool of_kernel = way == Way::kRows ? D != 96
-                           : way == Way::kWgmma
-                               ? sizeof(T) == 2 && (D == 64 || D == 128) && wide
-                               : true;
+    const bool of_kernel = way == Way::kRows    ? D != 96
+                           : way == Way::kWgmma ? sizeof(T) == 2 && (D == 64 || D == 128) && wide
+                                                : true;
     CHECK(done == (of_kernel && (way < Way::kRows || (aligned && !has_matrix))));
     if (!done) continue;
 

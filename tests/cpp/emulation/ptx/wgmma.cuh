@@ -135,7 +135,8 @@ namespace detail {
 
 // A and B of 16-bit elements in shared memory, both K-major.
 template <typename ToFloat, int kRegs>
-void multiply_k_major(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate, ToFloat to_float) {
+void multiply_k_major(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate,
+                      ToFloat to_float) {
   const int lane = emulation::lane(), warp = emulation::machine().thread_index() / 32 % 4;
   float* const result = d;
   wgmma_queue().open.push_back([=] {
