@@ -72,6 +72,8 @@ _PREFILL = [
 ]
 _DECODE = [
     Case(head_dim=128, seq_lens=(70, 0, 1, 200), query_lens=(1, 1, 1, 1), group=4),
+    Case(head_dim=128, seq_lens=(70, 0, 1, 200), query_lens=(1, 1, 1, 1), group=4, wide_table=True),
+    Case(head_dim=64, seq_lens=(90,), query_lens=(1,), group=4, rotation="hadamard_matrix"),
     Case(head_dim=64, seq_lens=(40, 17), query_lens=(4, 2), layout="head_major", dtype=BFLOAT16, sinks=True),
     Case(head_dim=96, seq_lens=(33,), query_lens=(1,), int8=False, kv_heads=1, row_padding=8),
     Case(head_dim=256, seq_lens=(60,), query_lens=(2,), rotation=None, softcap=9.0, window=(20, -1)),
@@ -96,12 +98,12 @@ def attend(case: Case, op: str, target: Target, device: str) -> None:
     judge(problem, answers, result.cpu(), lse.cpu(), f"{op} {target}")
 
 
-def store_and_gather(case: Case, backend: str, device: str) -> None:
-    """store, gather, compress and decompress of 19 tokens, one of them skipped, checked by the round trip."""
-    tokens, hkv, d = 19, case.kv_heads, case.head_dim
+def store_and_gather(case: Case, backend: str, device: str, tokens: int = 19) -> None:
+    """store, gather, compress and decompress of tokens, one of them skipped, checked by the round trip."""
+    hkv, d = case.kv_heads, case.head_dim
     key, value = torch.randn(2, tokens, hkv, d, generator=torch.Generator().manual_seed(0)).to(case.dtype)
     quant = quantizer(d, case.rotation, "cpu", case.norm_correction).to(device)
-    cache = new_cache(case, 3).to(device)
+    cache = new_cache(case, tokens // case.page + 3).to(device)
     slots = torch.arange(16, 16 + tokens)
     slots[4] = -1
     tq4.store(key.to(device), value.to(device), cache, slots.to(device), quant, backend=backend)
@@ -134,6 +136,9 @@ def run_all(names: list[str], device: str) -> int:
         stores = _STORE if whole else []
         for case in stores:
             store_and_gather(case, target.backend, device)
+        if whole and device != "cpu":  # enough for the kernels that take many rows
+            store_and_gather(_STORE[0].but(kv_heads=16), target.backend, device, tokens=2400)
+            store_and_gather(_STORE[0].but(head_dim=128, kv_heads=8), target.backend, device, tokens=1200)
         prefills = [case for case in _PREFILL if whole or case.int8]
         decodes = _DECODE if whole else []
         for op, cases in (("prefill", prefills), ("decode", decodes)):

@@ -208,6 +208,7 @@ class Case:
     )
     strided: bool = False  # q and out are slices of wider buffers
     padding_rows: int = 0  # rows of q past query_start_loc[-1]
+    wide_table: bool = False  # block_table has room for far longer sequences (decode plans for those)
     norm_correction: bool = False
     seed: int = 0
 
@@ -227,7 +228,11 @@ class Case:
         parts += [] if self.causal else ["full"]
         parts += [f"w{self.window[0]}.{self.window[1]}"] if self.window != (-1, -1) else []
         parts += [f"cap{self.softcap:g}"] if self.softcap else []
-        parts += [n for n in ("sinks", "interleaved", "strided", "norm_correction") if getattr(self, n)]
+        parts += [
+            n
+            for n in ("sinks", "interleaved", "strided", "wide_table", "norm_correction")
+            if getattr(self, n)
+        ]
         parts += [f"pad{self.row_padding}"] if self.row_padding else []
         parts += [f"tail{self.padding_rows}"] if self.padding_rows else []
         parts += [f"scale{self.sm_scale:g}"] if self.sm_scale else []
@@ -464,6 +469,7 @@ def build(
     write_tokens(cache, slots, ki, kn, vi, vn)
 
     width = max((len(b) for b in blocks), default=0) + 2
+    width = max(width, 16384 // case.page) if case.wide_table else width
     garbage = [2**31 - 1, -(2**31), -1, num_blocks] if wild_table else [spare]
     table = [b + [order.choice(garbage) for _ in range(width - len(b))] for b in blocks]
 

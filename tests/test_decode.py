@@ -49,7 +49,15 @@ MASK_CASES = [
 ]
 
 
-@on_cases(cpu=MASK_CASES, gpu=MASK_CASES[::2], gpu_all=MASK_CASES[1::2])
+# On the GPU also with room for long sequences: the kernels for short ones are chosen by the table.
+_WIDE_TABLES = [case.but(wide_table=True) for case in MASK_CASES]
+
+
+@on_cases(
+    cpu=MASK_CASES,
+    gpu=MASK_CASES[::2] + _WIDE_TABLES[1::2],
+    gpu_all=MASK_CASES[1::2] + _WIDE_TABLES[::2],
+)
 def test_masks(case: Case, target: Target) -> None:
     verify(case, target, "decode")
 
@@ -107,12 +115,13 @@ FORMS = [
     for g, i8 in ((1, True), (8, True), (4, False))
     for r in ("hadamard", "hadamard_matrix", "haar")
 ]
+FORMS += [form.but(wide_table=True) for form in FORMS if form.rotation == "hadamard"]
 
 
 @on_cases(
     cpu=[_ONE.but(rotation="hadamard_matrix"), _SOME.but(head_dim=128, kv_heads=1)],
-    gpu=FORMS[:6],
-    gpu_all=FORMS[6:],
+    gpu=FORMS[:6] + FORMS[-3:],
+    gpu_all=FORMS[6:-3],
 )
 def test_rotations(case: Case, target: Target) -> None:
     verify(case, target, "decode")
