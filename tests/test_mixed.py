@@ -152,14 +152,16 @@ def _only(problem: Problem, taken) -> Problem:
 _FEW = dict(seq_lens=(40, 17, 60, 25, 33, 18), query_lens=(1, 2, 20, 4, 5, 3))
 # So many short sequences that decode plans the same splits for them alone: rows enough for every SM.
 _MANY = {name: lens * 15 for name, lens in _FEW.items()}
+# The form of the rotation that prefill passes: decode rounds otherwise from signs.
+_MATRIX = dict(rotation="hadamard_matrix")
 
 
 @_on_routes(
-    [Case(head_dim=64, kv_heads=1, group=4, **_FEW)],
+    [Case(head_dim=64, kv_heads=1, group=4, **_MATRIX, **_FEW)],
     [
-        Case(head_dim=128, kv_heads=8, group=4, sinks=True, **_MANY),
-        Case(head_dim=256, kv_heads=8, group=4, **_MANY),
-        Case(head_dim=64, kv_heads=8, group=4, int8=False, layout="head_major", **_MANY),
+        Case(head_dim=128, kv_heads=8, group=4, sinks=True, **_MATRIX, **_MANY),
+        Case(head_dim=256, kv_heads=8, group=4, **_MATRIX, **_MANY),
+        Case(head_dim=64, kv_heads=8, group=4, int8=False, layout="head_major", **_MATRIX, **_MANY),
     ],
 )
 def test_each_sequence_takes_its_kernels(case: Case, target: Target, where: str) -> None:
