@@ -83,6 +83,27 @@ void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::Decode
   }
 }
 
+// Short sequences: by clusters where all that they take is given.
+void check_clusters(tq4::AttentionParams p, bool has_bulk) {
+  const float signs[256] = {};
+  const int head_dim = p.cache.head_dim;
+  p.num_seqs = 1;
+  p.num_tokens = p.max_query_len;
+  p.max_blocks = static_cast<int32_t>(tq4::kClusterMostKeys) / p.cache.block_size;
+  const bool fits = has_bulk && p.int8 && (head_dim == 64 || head_dim == 128) &&
+                    p.num_q_heads / p.cache.num_kv_heads * p.max_query_len <= 8 &&
+                    p.cache.num_kv_heads * tq4::kClusterSize <= p.num_sms;
+  const auto clusters = [&] { return tq4::make_decode_plan(p, has_bulk).cluster > 0; };
+  CHECK(clusters() == fits);
+  p.q_rotation = p.out_rotation = signs;
+  CHECK(!clusters());  // matrices
+  p.q_signs = p.out_signs = true;
+  CHECK(clusters() == (fits && head_dim != 96));
+  if (fits) CHECK(tq4::make_decode_plan(p, has_bulk).workspace_bytes == 0);
+  p.max_blocks += 1;
+  CHECK(!clusters());
+}
+
 void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int max_query_len,
                 bool int8, int arch, Random* random) {
   tq4::AttentionParams p{};
@@ -94,7 +115,10 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   p.int8 = int8;
   p.arch = arch;
   p.num_sms = 132;
+  p.max_blocks = 1 << 16;  // room for long sequences: not by clusters
   const tq4::DecodePlan plan = tq4::make_decode_plan(p, arch == 90);
+  CHECK(plan.cluster == 0);
+  check_clusters(p, arch == 90);
   const int octets = tq4::decode_octets(plan.mode);
   CHECK(!plan.bulk || (arch == 90 && plan.copy.width == 16));
   if (!int8) {  // the exact mode: by INT8 terms exactly where pages can be bulk copied
