@@ -48,7 +48,7 @@ def test_unknown_choice_is_an_error(name: str) -> None:
 def test_choices_are_paths_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every combination of choices is another number for the op."""
     seen = []
-    monkeypatch.setattr(cuda, "_attend", lambda op, arguments: seen.append(arguments["path"]))
+    monkeypatch.setattr(cuda, "_attend", lambda op, arguments, rotation: seen.append(arguments["path"]))
     for where in ("auto", "in_kernel", "ahead"):
         for short in ("auto", "prefill"):
             with unpacking(where), short_queries(short):
