@@ -102,7 +102,7 @@ void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int row
   }
   const int blocks = static_cast<int>(tq4::ceil_div<int64_t>(plan.query_rows, tq4::kPrepareRows));
   const int out_rows = p.num_seqs * p.max_query_len * p.num_q_heads;
-  if constexpr (D != 96) {
+  if constexpr (tq4::is_power_of_two(D)) {
     if (plan.light_prepare) {
       emulation::launch(tq4::decode_prepare_light_kernel<D>, std::min(2, blocks),
                         tq4::kPrepareRows * tq4::kWarpSize, p, plan);
@@ -304,7 +304,6 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.dtype = c.bf16 ? tq4::DType::kBFloat16 : tq4::DType::kFloat16;
   p.block_table = block_table.data();
   p.block_table_stride = max_blocks;
-  p.max_blocks = max_blocks;
   p.seq_lens = c.lengths.data();
   p.query_start_loc = c.queries.empty() ? nullptr : query_start_loc.data();
   p.k_centroids = p.v_centroids = centroids;
@@ -314,7 +313,6 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   // Scores of one unit for a row of ones where there are outliers, as in a model.
   p.sm_scale = (c.outliers ? 0.6f : 0.3f) / std::sqrt(static_cast<float>(D));
   p.softcap = c.softcap;
-  p.window_left = c.window_left;
   p.window_right = c.window_right;
   std::vector<uint8_t> workspace(plan.workspace_bytes + 256, 0xff);
   p.workspace =
