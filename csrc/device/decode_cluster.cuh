@@ -217,14 +217,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   // [3/5] Tables and queries.
   const float value_unit = write_pair_table(table, p.v_centroids, warp, C::kWarps);
-  shared.codes.write(p);
+  const float key_unit = shared.codes.write(p);
   if (has_row) {
     row.unpack(p.dtype);
     if (p.q_rotation != nullptr) row.rotate(signs);
     const float largest =
         row.write(DecodeMode::kInt8Rows8, &shared.query[0][0][0], &shared.query[1][0][0], warp);
     if (lane == 0) {
-      shared.scale[warp] = row_unit(DecodeMode::kInt8Rows8, largest) * unit_scale(p, plan);
+      shared.scale[warp] = score_scale<Steps>(
+          row_unit(DecodeMode::kInt8Rows8, largest) * unit_scale(p, plan), key_unit);
     }
   }
   lines.keep(shared.lines);
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   const LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
-  const float cap_log2e = p.softcap * 1.4426950408889634f;
+  
   const auto unmasked = UnmaskedTiles::make(p, segment);
   DecodeState<Steps> state;
   state.clear();
@@ -255,11 +256,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::cp_async_wait<C::kStages - 1>();
     __syncwarp();  // every lane's part of the tile has landed
     consume_tile<Steps>(
-        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, cap_log2e,
-        [&]() -> uint32_t {
-          const int tile = tiles.first + C::kWarps * i;
-          if (unmasked.has(tile)) return 0;
-          return hidden_columns<Steps>(p, plan, segment, 0, tile);
+        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
+        !unmasked.has(tiles.first + C::kWarps * i),
+        [&] {
+          return hidden_columns<Steps>(p, plan, segment, 0, tiles.first + C::kWarps * i);
         },
         state);
     __syncwarp();  // all lanes have read the tile

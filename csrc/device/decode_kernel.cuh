@@ -149,7 +149,7 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
     const int query = row / plan.group;
     const int64_t index = static_cast<int64_t>(first_query + query) * p.num_q_heads +
                           kv_head * plan.group + (row - query * plan.group);
-    if (i < Config::kOctets) rows.scale[i] = scales[index] * place.key_unit;
+    if (i < Config::kOctets) rows.scale[i] = score_scale<Config>(scales[index], place.key_unit);
     const int64_t codes = Config::kResidual && i == 1 ? plan.query_residual : plan.query_codes;
     source[i] = workspace + codes + index * kRowBytes;
   }
@@ -166,58 +166,79 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
   }
 }
 
+// The stage of a team's tile: shared addresses of it and of its `full` barrier.
+struct StageCursor {
+  uint32_t full, stage;
+  uint32_t parity;
+  uint32_t full_end;
+
+  template <typename Config>
+  __device__ __forceinline__ static StageCursor make(const DecodePlan& plan, RingPosition ring,
+                                                     int team, uint32_t smem) {
+    const uint32_t full = smem + decode_shared_offset(Config::kMode) +
+                          static_cast<uint32_t>(offsetof(DecodeShared, full));
+    ring.advance(team, plan.num_stages);
+    return {full + 8 * ring.stage, smem + plan.stage_offset + ring.stage * plan.copy.stage_bytes,
+            ring.parity, full + 8 * plan.num_stages};
+  }
+
+  // To the team's next tile.  All stages of a team are multiples of the number of teams apart.
+  __device__ __forceinline__ void advance(const DecodePlan& plan) {
+    full += 8 * plan.teams;
+    stage += plan.team_bytes;
+    if (full >= full_end) {
+      full -= 8 * plan.num_stages;
+      stage -= plan.ring_bytes;
+      parity ^= 1;
+    }
+  }
+};
+
 // [3/4] One segment: its tiles, team by team.
 template <typename Config>
 __device__ __forceinline__ void consume_segment(const AttentionParams& p, const DecodePlan& plan,
-                                                const WarpScratch& scratch, uint32_t lane_table,
-                                                uint32_t barriers, uint32_t stages,
-                                                const LaneOffsets& at,
+                                                const WarpScratch& scratch, uint32_t smem,
+                                                uint32_t lane_table, const LaneOffsets& at,
                                                 const KeyCodes<Config>& key_codes,
                                                 DecodeState<Config>& state) {
-  const uint32_t full = barriers + static_cast<uint32_t>(offsetof(DecodeShared, full));
-  const uint32_t empty = barriers + static_cast<uint32_t>(offsetof(DecodeShared, empty));
   const DecodeSegment segment = reload(scratch.segment);
   const ConsumerPlace place = reload(scratch.place);
-  RingPosition ring = reload(scratch.ring);
-  ring.advance(place.team, plan.num_stages);
+  StageCursor at_stage = StageCursor::make<Config>(plan, reload(scratch.ring), place.team, smem);
   int tile = segment.tile_begin + place.team;
   const int tile_end = segment.tile_end;
-  const auto advance = [&] {
-    tile += plan.teams;
-    ring.advance(plan.teams, plan.num_stages);
-  };
+  constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
   state.clear();
   if (place.first_row >= segment.num_queries * plan.group) {  // no rows: only keep the ring turning
-    while (tile < tile_end) {
-      ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);
-      if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(empty + 8 * ring.stage);
-      advance();
+    for (; tile < tile_end; tile += plan.teams) {
+      ptx::mbarrier_wait(at_stage.full, at_stage.parity);
+      if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(at_stage.full + kEmpty);
+      at_stage.advance(plan);
     }
     return;
   }
 
   DecodeRows<Config> rows;
   load_rows<Config>(p, plan, segment, place, rows);
-  const float cap_log2e = p.softcap * 1.4426950408889634f;
   const auto unmasked = UnmaskedTiles::make(p, segment);
+  const int last = tile_end - unmasked.begin;  // the loop counts from the first unmasked tile
 #pragma unroll 1
-  while (tile < tile_end) {
-    ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);  // the tile has landed
-    const uint32_t its_empty = empty + 8 * ring.stage;
+  for (tile -= unmasked.begin; tile < last; tile += plan.teams) {
+    ptx::mbarrier_wait(at_stage.full, at_stage.parity);  // the tile has landed
+    const uint32_t its_empty = at_stage.full + kEmpty;
     consume_tile<Config>(
-        plan, stages + ring.stage * plan.copy.stage_bytes,
+        plan, at_stage.stage,
         [its_empty] {
           __syncwarp();  // all lanes have read the stage
           if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(its_empty);
         },
-        lane_table, at, key_codes, rows, cap_log2e,
-        [&]() -> uint32_t {
-          if (unmasked.has(tile)) return 0;
-          return hidden_columns<Config>(p, plan, reload(scratch.segment),
-                                        reload(scratch.place.first_row), tile);
+        lane_table, at, key_codes, rows, p.softcap, static_cast<uint32_t>(tile) >= unmasked.count,
+        [&] {
+          const DecodeSegment its = reload(scratch.segment);
+          return hidden_columns<Config>(p, plan, its, reload(scratch.place.first_row),
+                                        UnmaskedTiles::make(p, its).begin + tile);
         },
         state);
-    advance();
+    at_stage.advance(plan);
   }
 }
 
@@ -267,7 +288,7 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
   if constexpr (Config::kSplitKeys) {
     place.key_unit = shared.split_codes.write(p);
   } else if constexpr (Config::kInt8) {
-    shared.plain_codes.write(p);
+    place.key_unit = shared.plain_codes.write(p);
   } else {
     place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids, warp, Config::kWarps);
   }
@@ -277,8 +298,6 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
 template <typename Config>
 __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
                                         DecodeShared& shared, uint32_t smem) {
-  const uint32_t barriers = smem + decode_shared_offset(Config::kMode);
-  const uint32_t stages = smem + plan.stage_offset;
   const uint32_t exchange = smem + decode_merge_offset(Config::kMode);
   const uint32_t lane_table = smem + 4 * (threadIdx.x % kWarpSize);
   WarpScratch& scratch = shared.warps[threadIdx.x / kWarpSize];
@@ -298,7 +317,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   ptx::wait_for_predecessor();  // decode_prepare has written q
   for (; found; found = shared.queue.pop(scratch.segment, scratch.queue)) {
     DecodeState<Config> state;
-    consume_segment<Config>(p, plan, scratch, lane_table, barriers, stages, at, key_codes, state);
+    consume_segment<Config>(p, plan, scratch, smem, lane_table, at, key_codes, state);
     finish_segment<Config>(p, plan, scratch, exchange, state);
   }
 }

@@ -17,48 +17,90 @@
 #include "common.cuh"
 #include "decode_codes.h"
 #include "pinned.cuh"
-#include "unpack4.cuh"
 
 namespace tq4 {
+
+// Selectors of the 8 codes of a word: [0] of codes 0-3, [1] of codes 4-7.
+struct SplitSelectors {
+  uint32_t low[2], high[2];
+
+  __device__ __forceinline__ static SplitSelectors make(uint32_t word) {
+    const uint32_t flipped = word ^ 0x88888888u;
+    return {{word, word >> 16}, {flipped, flipped >> 16}};
+  }
+};
+
+// A table of 16 codes in two halves (decode_codes.h), in registers.
+struct SplitTable {
+  struct Entries {
+    alignas(16) int8_t low[8];
+    int8_t high[8];
+
+    __device__ __forceinline__ void put(int at, SplitPair pair) {
+      low[at] = pair.low;
+      high[at] = pair.high;
+    }
+  };
+
+  uint32_t low[2], high[2];
+
+  __device__ __forceinline__ void load(const Entries& entries) {
+    const uint4 w = ptx::ld_shared_v4(ptx::smem_address(entries.low));
+    low[0] = pinned(w.x), low[1] = pinned(w.y), high[0] = pinned(w.z), high[1] = pinned(w.w);
+  }
+
+  __device__ __forceinline__ void multiply_low(const uint32_t (&q)[4], const SplitSelectors& of,
+                                               int32_t (&sum)[4]) const {
+    multiply(low, q, of.low, sum);
+  }
+  __device__ __forceinline__ void multiply_high(const uint32_t (&q)[4], const SplitSelectors& of,
+                                                int32_t (&sum)[4]) const {
+    multiply(high, q, of.high, sum);
+  }
+
+ private:
+  __device__ __forceinline__ static void multiply(const uint32_t (&table)[2],
+                                                  const uint32_t (&q)[4],
+                                                  const uint32_t (&selectors)[2],
+                                                  int32_t (&sum)[4]) {
+    ptx::mma_m16n8k32_s8s8s32(sum, q, ptx::prmt(table[0], table[1], selectors[0]),
+                              ptx::prmt(table[0], table[1], selectors[1]), sum);
+  }
+};
 
 // One table of 16 codes.
 struct PlainKeyCodes {
   struct Tables {
-    int8_t codes[16];
-    uint32_t bit3_mask;
+    SplitTable::Entries codes;
 
-    __device__ __forceinline__ void write(const AttentionParams& p) {
-      if (threadIdx.x < 16) codes[threadIdx.x] = p.k_codes[threadIdx.x];
-      if (threadIdx.x == 0) bit3_mask = 0x44444444u;
+    // Returns the unit: 1, or NaN where the codes do not fit in a split table, so that no score
+    // comes out right by chance.
+    __device__ __forceinline__ float write(const AttentionParams& p) {
+      const int entry = threadIdx.x % 8;
+      const int first = p.k_codes[entry], second = p.k_codes[entry + 8];
+      if (threadIdx.x < 8) codes.put(entry, split_pair(first, second));
+      const bool fits = max(abs(first), abs(second)) <= kLargestSplit;
+      return __all_sync(kFullWarp, fits) ? 1.f : NAN;
     }
   };
 
-  ByteTable table;
-  uint32_t bit3;
+  SplitTable codes;
 
-  __device__ __forceinline__ void load(const Tables& tables) {
-    const uint4 w = ptx::ld_shared_v4(ptx::smem_address(tables.codes));
-    const uint32_t mask = ptx::ld_shared_u32(ptx::smem_address(&tables.bit3_mask));
-    table = {pinned(w.x), pinned(w.y), pinned(w.z), pinned(w.w)};
-    bit3 = pinned(mask);
-  }
+  __device__ __forceinline__ void load(const Tables& tables) { codes.load(tables.codes); }
 
   // acc += q . code
   __device__ __forceinline__ void multiply(const uint32_t (&q)[4], uint32_t word,
                                            int32_t (&acc)[4]) const {
-    // unpack_int8 with one LOP3 less: of its two masks an instruction can hold only one itself.
-    const uint32_t entry = word & 0x77777777u;
-    const uint32_t half = ((word >> 1) & bit3) | 0x32103210u;
-    ptx::mma_m16n8k32_s8s8s32(acc, q, lookup4(table, entry, half),
-                              lookup4(table, entry >> 16, half >> 16), acc);
+    const SplitSelectors selectors = SplitSelectors::make(word);
+    codes.multiply_low(q, selectors, acc);
+    codes.multiply_high(q, selectors, acc);
   }
 };
 
-// The split tables of codes and of rests.
+// A table of codes and one of rests.
 struct SplitKeyCodes {
   struct Tables {
-    alignas(8) int8_t code[2][8];  // halves low and high
-    int8_t rest[2][8];
+    SplitTable::Entries codes, rests;
 
     // Returns the unit: centroid = (code + rest / kKeyRestUnits) * unit.
     __device__ __forceinline__ float write(const AttentionParams& p) {
@@ -74,45 +116,28 @@ struct SplitKeyCodes {
       const KeyTerms other = {__shfl_xor_sync(kFullWarp, own.code, 8),
                               __shfl_xor_sync(kFullWarp, own.rest, 8)};
       if (threadIdx.x < 8) {
-        const SplitPair codes = split_pair(own.code, other.code);
-        const SplitPair rests = split_pair(own.rest, other.rest);
-        code[0][entry] = codes.low;
-        code[1][entry] = codes.high;
-        rest[0][entry] = rests.low;
-        rest[1][entry] = rests.high;
+        codes.put(entry, split_pair(own.code, other.code));
+        rests.put(entry, split_pair(own.rest, other.rest));
       }
       return unit;
     }
   };
 
-  uint32_t code_low[2], code_high[2], rest_low[2], rest_high[2];
+  SplitTable codes, rests;
 
   __device__ __forceinline__ void load(const Tables& tables) {
-    const auto read = [](const int8_t (&table)[8], uint32_t (&words)[2]) {
-      const uint2 w = ptx::ld_shared_v2(ptx::smem_address(table));
-      words[0] = pinned(w.x), words[1] = pinned(w.y);
-    };
-    read(tables.code[0], code_low);
-    read(tables.code[1], code_high);
-    read(tables.rest[0], rest_low);
-    read(tables.rest[1], rest_high);
+    codes.load(tables.codes);
+    rests.load(tables.rests);
   }
 
   // acc += q . code, rest += q . rest
   __device__ __forceinline__ void multiply(const uint32_t (&q)[4], uint32_t word, int32_t (&acc)[4],
                                            int32_t (&rest)[4]) const {
-    const uint32_t low[2] = {word, word >> 16};
-    const uint32_t flipped = word ^ 0x88888888u;
-    const uint32_t high[2] = {flipped, flipped >> 16};
-    const auto add = [&q](const uint32_t (&table)[2], const uint32_t (&selectors)[2],
-                          int32_t (&sum)[4]) {
-      ptx::mma_m16n8k32_s8s8s32(sum, q, ptx::prmt(table[0], table[1], selectors[0]),
-                                ptx::prmt(table[0], table[1], selectors[1]), sum);
-    };
-    add(code_low, low, acc);
-    add(rest_low, low, rest);
-    add(code_high, high, acc);
-    add(rest_high, high, rest);
+    const SplitSelectors selectors = SplitSelectors::make(word);
+    codes.multiply_low(q, selectors, acc);
+    rests.multiply_low(q, selectors, rest);
+    codes.multiply_high(q, selectors, acc);
+    rests.multiply_high(q, selectors, rest);
   }
 };
 

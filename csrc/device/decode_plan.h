@@ -107,6 +107,8 @@ struct DecodePlan {
   TileCopy copy;
   TokenMap token_map;
   int32_t code_step, norm_step;  // bytes in a stage from a token of n-tile 0 to that of n-tile 1
+  // From a token's K norm to its V norm, and to that of the token of n-tile 1.
+  int32_t value_norms, value_norms_step;
   int32_t group;                 // query heads of a KV head
   int32_t max_rows;              // query rows of a KV head: group * max_query_len
   DecodeMode mode;
@@ -123,6 +125,7 @@ struct DecodePlan {
   int32_t teams;  // teams take the tiles in turn
   int32_t warps;  // consumer warps, slots * teams of them active
   int32_t num_stages;
+  int32_t team_bytes, ring_bytes;  // of a stage of each team, of all stages
   int32_t bulk_batch;   // tiles that the producer handles at once, a lane each; 1: a lane a run
   int32_t whole_tiles;  // a tile is one bulk copy, and they are handled one by one
   int32_t tiles_per_block;
@@ -520,10 +523,14 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
     require(detail::plan_tiles(p, false, plan),
             "head_dim: a tile does not fit in this device's shared memory");
   }
-  plan.smem_bytes = plan.stage_offset + plan.num_stages * plan.copy.stage_bytes;
+  plan.team_bytes = plan.teams * plan.copy.stage_bytes;
+  plan.ring_bytes = plan.num_stages * plan.copy.stage_bytes;
+  plan.smem_bytes = plan.stage_offset + plan.ring_bytes;
   plan.token_map = choose_token_map(view.head_dim, plan.copy.stage);
   plan.code_step = plan.token_map.step() * plan.copy.stage.code_token_stride;
   plan.norm_step = plan.token_map.step() * plan.copy.stage.norm_token_stride;
+  plan.value_norms = plan.copy.stage.v_norms - plan.copy.stage.k_norms;
+  plan.value_norms_step = plan.value_norms + plan.norm_step;
 
   const int64_t rows_per_seq = static_cast<int64_t>(p.max_query_len) * p.num_q_heads;
   require(rows_per_seq * p.num_seqs <= INT32_MAX,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../ptx/arith.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/smem.cuh"
 #include "common.cuh"
@@ -182,7 +183,8 @@ struct SegmentQueue {
  private:
   // From shared memory to shared memory, a word a lane.
   __device__ __forceinline__ static void copy_words(const DecodeSegment& from, DecodeSegment& to) {
-    const uint32_t lane = threadIdx.x % kWarpSize;
+    // Volatile: nothing of it is kept in the producer's few registers from one call to the next.
+    const uint32_t lane = ptx::thread_idx_volatile() % kWarpSize;
     if (lane < sizeof(DecodeSegment) / 4) {
       const uint32_t word = ptx::ld_shared_u32(ptx::smem_address(&from) + 4 * lane);
       ptx::st_shared_u32(ptx::smem_address(&to) + 4 * lane, word);

@@ -11,7 +11,7 @@
 // Rows.  With up to 8 rows, the other 8 rows of A hold what quantisation left over,
 //   q_rot / s_q = q8 + r8 / 256,
 // so c0,c1 is q8 . k8 and c2,c3 of the same lane is r8 . k8: the error of quantising q is gone for
-// one FFMA a score.  In kInt8x2Rows8 keys have a residual as well (decode_codes.h) and scores a
+// one IMAD a score.  In kInt8x2Rows8 keys have a residual as well (decode_codes.h) and scores a
 // second accumulator; the product of both residuals comes with it.  In fp16 mode the other rows
 // hold q - fp16(q).
 //
@@ -76,24 +76,39 @@ constexpr float kLargestWeight = 16384.f;
 // Norms below this do not lower the reference any further, and l stays below 2^96.
 constexpr float kSmallestNorm = 0x1p-80f;
 constexpr float kDenominatorScale = 0x1p-76f;
+// Of keys that a row may not see; scales are positive.
+constexpr float kHiddenScore = -INFINITY;
+// The least scale of a row: times a hidden score it is not NaN.
+constexpr float kSmallestScale = 0x1p-120f;
 
-// Units of the residuals of q and of keys.  Sums of products stay below 2^24 (127 * 127 * 256), so
-// they are exact as floats.
-constexpr float kQueryRest = 1.f / 256.f;
+// Units of the residuals of q and of keys.  Sums of products stay below 2^22 (127 * 126 * 256): 256
+// of them and a residual's fit in 31 bits, and they are exact as floats.
+constexpr int kQueryRestUnits = 256;
+constexpr float kQueryRest = 1.f / kQueryRestUnits;
 constexpr float kKeyRest = 1.f / kKeyRestUnits;
 
 template <typename Config>
 using KeyCodes = std::conditional_t<Config::kSplitKeys, SplitKeyCodes, PlainKeyCodes>;
 
 // What a lane knows of its rows g and g + 8, for one segment: A fragments of q, and by octet the
-// log2 units of one unit of norm * (q . k).
+// log2 units of one unit of norm * score, a score being kScoreUnits (q . k).
 template <typename Config>
 struct DecodeRows {
   static constexpr int kHeld = Config::kHoldsQuery ? Config::kKeySteps : 1;
+  static constexpr int kScoreUnits =
+      has_given_codes(Config::kMode) && Config::kResidual ? kQueryRestUnits : 1;
   uint32_t q[kHeld][4];
   const uint8_t* source;  // of row g in the workspace, where q is not held
   float scale[Config::kOctets];
 };
+
+// DecodeRows::scale of a row: log2 units of one unit of norm * (q . key code), units of the key codes.
+// NaN stays.
+template <typename Config>
+__device__ __forceinline__ float score_scale(float row_scale, float key_unit) {
+  const float scale = row_scale * (key_unit / DecodeRows<Config>::kScoreUnits);
+  return scale < kSmallestScale ? kSmallestScale : scale;
+}
 
 // Steps k and k + 1 in fp16 mode, else step k, from the workspace rows behind A rows g and g + 8.
 template <typename Config>
@@ -230,7 +245,7 @@ __device__ __forceinline__ void load_value_words(uint32_t address,
 }
 
 // [1/4] Scores of the tile without any scale: s[i][2 j + b] is row 8 i + g, column 2 t + b of
-// n-tile j.
+// n-tile j, in units of DecodeRows::kScoreUnits.
 template <typename Config>
 __device__ __forceinline__ void compute_scores(
     uint32_t key_address, int code_step, uint32_t lane_table, const KeyCodes<Config>& key_codes,
@@ -261,12 +276,12 @@ __device__ __forceinline__ void compute_scores(
       for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const auto first = static_cast<float>(acc[b]), second = static_cast<float>(acc[2 + b]);
         if constexpr (Config::kResidual) {
-          s[0][2 * j + b] = fmaf(second, kQueryRest, first);
+          // As an integer: one conversion, and the same rounding.
+          s[0][2 * j + b] = static_cast<float>(acc[b] * kQueryRestUnits + acc[2 + b]);
         } else {
-          s[0][2 * j + b] = first;
-          s[1][2 * j + b] = second;
+          s[0][2 * j + b] = static_cast<float>(acc[b]);
+          s[1][2 * j + b] = static_cast<float>(acc[2 + b]);
         }
       }
     } else {
@@ -301,21 +316,16 @@ __device__ __forceinline__ void compute_scores(
   }
 }
 
-// P and P' of one row against reference m.  Returns the sum of P; `weight` holds P'.
+// P and P' of one row against reference m.  Returns the sum of P; `weight` holds P'.  With kSelect
+// a hidden key weighs nothing whatever its norm: past the end that is garbage, which may be NaN.
+template <bool kSelect>
 __device__ __forceinline__ float exponentiate(const float (&s)[4], float scale, float m,
-                                              const float (&value_norm)[4], uint32_t hidden,
-                                              float (&weight)[4]) {
+                                              const float (&value_norm)[4], float (&weight)[4]) {
   float p[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     p[c] = ptx::exp2_approx(fmaf(s[c], scale, -m));
-    weight[c] = p[c] * value_norm[c];
-  }
-  if (hidden != 0) {  // what lies past the end is garbage, NaN as likely as not: select
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (hidden >> c & 1) p[c] = weight[c] = 0.f;
-    }
+    weight[c] = kSelect && s[c] == kHiddenScore ? 0.f : p[c] * value_norm[c];
   }
   return (p[0] + p[1]) + (p[2] + p[3]);
 }
@@ -325,7 +335,7 @@ __device__ __forceinline__ float exponentiate(const float (&s)[4], float scale, 
 template <typename Config>
 __device__ __forceinline__ void raise_reference(const float (&s)[Config::kOctets][4],
                                                 const float (&scale)[Config::kOctets],
-                                                const float (&value_norm)[4], uint32_t hidden,
+                                                const float (&value_norm)[4],
                                                 DecodeState<Config>& state) {
   float factor[Config::kOctets];
 #pragma unroll
@@ -333,8 +343,7 @@ __device__ __forceinline__ void raise_reference(const float (&s)[Config::kOctets
     float top = kNoReference;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const float exponent = fmaf(s[i][c], scale[i], __log2f(fmaxf(value_norm[c], kSmallestNorm)));
-      if (!(hidden >> (4 * i + c) & 1)) top = fmaxf(top, exponent);
+      top = fmaxf(top, fmaf(s[i][c], scale[i], __log2f(fmaxf(value_norm[c], kSmallestNorm))));
     }
     top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
     top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
@@ -346,13 +355,15 @@ __device__ __forceinline__ void raise_reference(const float (&s)[Config::kOctets
   state.scale_output(factor);
 }
 
-// [2/4] and [3/4] Softmax: s -> P' packed as B fragments, l and, where needed, m and O.
-template <typename Config>
+// [2/4] and [3/4] Softmax: s -> P' packed as B fragments, l and, where needed, m and O.  Where
+// `masked` (the warp alike), hidden() says which keys the lane's rows may not see: bit 4 i + c.
+template <typename Config, typename Hidden>
 __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
                                                const float (&key_norm)[4],
                                                const float (&value_norm)[4],
-                                               const DecodeRows<Config>& rows, float cap_log2e,
-                                               uint32_t hidden, DecodeState<Config>& state,
+                                               const DecodeRows<Config>& rows, float softcap,
+                                               bool masked, Hidden&& hidden,
+                                               DecodeState<Config>& state,
                                                uint32_t (&weights)[Config::kOctets][2]) {
   float scale[Config::kOctets];
 #pragma unroll
@@ -361,12 +372,23 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
 #pragma unroll
     for (int c = 0; c < 4; ++c) s[i][c] *= key_norm[c];
   }
-  if (cap_log2e != 0.f) {
+  if (softcap != 0.f) {
 #pragma unroll
     for (int i = 0; i < Config::kOctets; ++i) {
-      scale[i] = cap_log2e;
+      scale[i] = softcap * 1.4426950408889634f;
 #pragma unroll
       for (int c = 0; c < 4; ++c) s[i][c] = ptx::tanh_accurate(s[i][c] * rows.scale[i]);
+    }
+  }
+
+  if (masked) {
+    const uint32_t bits = hidden();
+#pragma unroll
+    for (int i = 0; i < Config::kOctets; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (bits >> (4 * i + c) & 1) s[i][c] = kHiddenScore;
+      }
     }
   }
 
@@ -374,19 +396,17 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
   bool fits = true;
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
-    sum[i] =
-        exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
+    sum[i] = exponentiate<false>(s[i], scale[i], state.m[i], value_norm, weight[i]);
     const float total = (weight[i][0] + weight[i][1]) + (weight[i][2] + weight[i][3]);
     // Sums, not maxima: additions run on a pipe with room to spare.  Written so that NaN fails: the
-    // very first tile may meet inf * 0.
+    // very first tile may meet inf * 0, and a hidden key a norm that is none.
     fits = fits && fmaf(sum[i], kDenominatorScale, total) <= kLargestWeight;
   }
   if (!__all_sync(kFullWarp, fits)) {
-    raise_reference<Config>(s, scale, value_norm, hidden, state);
+    raise_reference<Config>(s, scale, value_norm, state);
 #pragma unroll
     for (int i = 0; i < Config::kOctets; ++i) {
-      sum[i] =
-          exponentiate(s[i], scale[i], state.m[i], value_norm, hidden >> (4 * i) & 15, weight[i]);
+      sum[i] = exponentiate<true>(s[i], scale[i], state.m[i], value_norm, weight[i]);
     }
   }
 #pragma unroll

@@ -33,40 +33,48 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
   return hidden;
 }
 
-// Tiles [begin, end) that every row sees whole: no mask.
+// Tiles that every row sees whole, from `begin` on: no mask.
 struct UnmaskedTiles {
-  int begin, end;
+  int begin;
+  uint32_t count;
 
   __device__ __forceinline__ static UnmaskedTiles make(const AttentionParams& p,
                                                        const DecodeSegment& segment) {
     const int first_position = segment.num_keys - segment.num_queries;
-    const int64_t end = static_cast<int64_t>(first_position) + window_or_max(p.window_right) + 1;
-    return {ceil_div(max(0, segment.num_keys - 1 - window_or_max(p.window_left)), kTileTokens),
-            static_cast<int>(max(int64_t{0}, min(end, int64_t{segment.num_keys}))) / kTileTokens};
+    const int64_t key_end =
+        static_cast<int64_t>(first_position) + window_or_max(p.window_right) + 1;
+    const int begin =
+        ceil_div(max(0, segment.num_keys - 1 - window_or_max(p.window_left)), kTileTokens);
+    const int end =
+        static_cast<int>(max(int64_t{0}, min(key_end, int64_t{segment.num_keys}))) / kTileTokens;
+    return {begin, static_cast<uint32_t>(max(0, end - begin))};
   }
 
-  __device__ __forceinline__ bool has(int tile) const { return tile >= begin && tile < end; }
+  __device__ __forceinline__ bool has(int tile) const {
+    return static_cast<uint32_t>(tile - begin) < count;
+  }
 };
 
-// One tile.  release() is called by all lanes as soon as its last bytes are in registers.
+// One tile.  release() is called by all lanes as soon as its last bytes are in registers; where
+// `masked`, hidden() says what hidden_columns does.
 template <typename Config, typename Release, typename Hidden>
 __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage,
                                              Release&& release, uint32_t lane_table,
                                              const LaneOffsets& at,
                                              const KeyCodes<Config>& key_codes,
-                                             const DecodeRows<Config>& rows, float cap_log2e,
-                                             Hidden&& hidden_of_tile, DecodeState<Config>& state) {
+                                             const DecodeRows<Config>& rows, float softcap,
+                                             bool masked, Hidden&& hidden,
+                                             DecodeState<Config>& state) {
   float s[Config::kOctets][4];
   compute_scores<Config>(stage + at.key, plan.code_step, lane_table, key_codes, rows,
                          plan.query_residual - plan.query_codes, s);
 
   float key_norm[4], value_norm[4];
-  const int value_norms = plan.copy.stage.v_norms - plan.copy.stage.k_norms;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {  // column 2 t + c % 2 of n-tile c / 2
-    const uint32_t norm = stage + at.norm[c % 2] + c / 2 * plan.norm_step;
-    key_norm[c] = ptx::ld_shared_f32(norm);
-    value_norm[c] = ptx::ld_shared_f32(norm + value_norms);
+    const uint32_t norm = stage + at.norm[c % 2];
+    key_norm[c] = ptx::ld_shared_f32(norm + (c < 2 ? 0 : plan.norm_step));
+    value_norm[c] = ptx::ld_shared_f32(norm + (c < 2 ? plan.value_norms : plan.value_norms_step));
   }
   uint32_t words[4][Config::Map::kValueWords];
   const auto load_values = [&] {
@@ -85,8 +93,8 @@ __device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t st
                           for (int i = 0; i < 4; ++i) ahead[tile][i] = a[i];
                         });
   uint32_t weights[Config::kOctets][2];
-  update_softmax<Config>(s, key_norm, value_norm, rows, cap_log2e, hidden_of_tile(), state,
-                         weights);
+  update_softmax<Config>(s, key_norm, value_norm, rows, softcap, masked,
+                         static_cast<Hidden&&>(hidden), state, weights);
   if (Config::kWordsAhead == 0) load_values();
 #pragma unroll
   for (int tile = 0; tile < 4 * Config::kWordsAhead; ++tile) {
