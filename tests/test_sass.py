@@ -242,11 +242,14 @@ def test_clusters_decode_by_both_tensor_core_products(instructions):
 
 
 def test_store_on_hopper_rotates_by_warpgroup_products(instructions):
+    """x through registers: the fence and the barrier are those of B, before the first tile."""
     found = set()
     for (arch, name), counts in instructions.items():
         if match := re.search(r"encode_wgmma_kernel.*EncodeWgmmaConfigI.*Li(\d+)E", name):
-            total = _by_family(counts)
-            assert total["HGMMA"] == int(match[1]) // 16 and total["HMMA"] == 0, (arch, name)
+            total, steps = _by_family(counts), int(match[1]) // 16
+            _hold_wgmma(int(match[1]), arch, total, ("HGMMA",))
+            assert total["HGMMA"] == total["LDSM"] == steps, (arch, name)
+            assert total["FENCE"] == total["BAR"] == 1, (arch, name)
             found.add(int(match[1]))
     assert found == ({64, 128} if _built_archs()[1] else set())
 

@@ -1,4 +1,6 @@
-// The kernel of store and compress: x [rows, D] -> codes and norms.  sm_80 and up.
+// The kernel of store and compress: x [rows, D] -> codes and norms.  sm_80 and up.  Where no
+// rotation is given as a matrix, encode_rows.cuh does few rows instead and, on Hopper,
+// encode_wgmma.cuh does many.
 //
 // Per row (one token, one KV head):  n = |x|,  y = R x / (n + 1e-10),  index_i = number of
 // boundaries below y_i, two indices a byte.

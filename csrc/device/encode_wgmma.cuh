@@ -2,22 +2,27 @@
 // 16-byte aligned, whose rotation is none or given by its signs -> codes and norms as in
 // encode_kernel.cuh.
 //
-// A warpgroup takes tiles of 64 rows, grid-strided, and shares nothing with others but B:
+// A warpgroup takes tiles of 64 rows, grid-strided; each of its warps brings its own 16 of them and
+// shares nothing with others but B:
 //
-//   global x  --cp.async-->  tile, swizzled  --wgmma with B-->  accumulators  -->  codes in global
-//   64 x D                   in shared                          y n, fp32          64 x D/2 bytes
+//   global x  --cp.async-->  tile  --ldmatrix-->  A  --wgmma-->  accumulators  -->  codes in global
+//   16 x D                   in shared                x B        y n, fp32          16 x D/2 bytes
 //
 //   B = diag(signs) H times a power of two, or the identity; exact.  Its columns are in the order
 //       of FragmentMap::code_dim, so that a lane accumulates D/4 consecutive dims of rows g, g + 8.
 //
-// Beside encode_kernel.cuh, per warp and 16 rows: one product in the place of fragment loads,
-// signs, 32 products and butterflies, 540 instructions instead of 890 (D = 128).  Two tiles are in
-// flight while a third is worked on.  16 warps of 128 registers: while the tensor cores have one
-// warpgroup's tile (512 cycles), the other three quantise.  12 warps with the next tile's products
-// beside this one's quantising would be two sets of accumulators in turn, so twice the code to
-// fetch, for what the other warpgroups hide already.
+// A goes through registers: what cp.async wrote, the tensor cores may read from shared memory only
+// behind a proxy fence of every thread and a barrier of the warpgroup, before each tile.  A warp
+// that reads its rows itself waits for nobody.
 //
-// Shared memory (dynamic): [B][tiles of warpgroup 0: 3][of 1] ...
+// Beside encode_kernel.cuh, per warp and 16 rows: one product in the place of signs, 32 products
+// and butterflies, 530 instructions instead of 890 (D = 128).  A tile's place is free once it is in
+// registers, so that with two of them two tiles are in flight while a third is worked on.  16 warps
+// of 128 registers: while the tensor cores have one warpgroup's tile (512 cycles), the other three
+// quantise.  12 warps with the next tile's products beside this one's quantising would be two sets
+// of accumulators in turn, so twice the code to fetch, for what the other warpgroups hide already.
+//
+// Shared memory (dynamic): [B][tiles of warp 0: 2][of 1] ...
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,7 +34,7 @@
 #include "../ptx/arith.cuh"
 #include "../ptx/dynamic_smem.cuh"
 #include "../ptx/global_access.cuh"
-#include "../ptx/mbarrier.cuh"
+#include "../ptx/ldmatrix.cuh"
 #include "../ptx/opaque.cuh"
 #include "../ptx/quantise.cuh"
 #include "../ptx/smem.cuh"
@@ -53,11 +58,11 @@ struct EncodeWgmmaConfig {
   static constexpr int kGroupThreads = 128;
   static constexpr int kThreads = kWarpgroups * kGroupThreads;
   static constexpr int kTileRows = 64;
-  static constexpr int kBuffers = 3;
-  static constexpr int kWords = D / 32;          // of codes, of a lane's part of a row
-  using Tile = KeyMajorImage<2 * D, kTileRows>;  // in bytes
-  using Matrix = KeyMajorImage<2 * D, D>;        // B: row = column of the product
-  static constexpr int kSmemBytes = Matrix::kBytes + kWarpgroups * kBuffers * Tile::kBytes;
+  static constexpr int kWords = D / 32;           // of codes, of a lane's part of a row
+  using Tile = KeyMajorImage<2 * D, 16>;          // a warp's rows; 2 D: bytes
+  using Matrix = KeyMajorImage<2 * D, D>;         // B: row = column of the product
+  static constexpr int kRing = 2 * Tile::kBytes;  // of a warp
+  static constexpr int kSmemBytes = Matrix::kBytes + kThreads / kWarpSize * kRing;
   // Entries of B.  D squares of it are at most 1: sums of squares of rotated rows overflow no
   // earlier than those of x.
   static constexpr float kUnit = D == 128 ? 0.0625f : 0.125f;
@@ -112,7 +117,7 @@ __device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard,
 
 // ---- Rows.
 
-// The row whose addresses a lane works out (own_row), in the tile to be fetched next.
+// The row whose addresses a lane works out (own_row).
 struct RowCursor {
   uint64_t x;
   uint32_t token, head;
@@ -144,19 +149,17 @@ struct OwnTarget {
   uint32_t head;
 };
 
-// Starts the loads of a tile's 16 rows of this warp, four lanes a row, and of the own row's slot.
-// `place`: of chunk t of row g.  Rows past the end are not read.
+// Starts the copies of the warp's 16 rows, four lanes a row.  `place`: of chunk t of row g.  Rows
+// past the end are not read.
 template <class C>
-__device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target,
-                                          const RowCursor& cursor, const EncodeParams& p,
-                                          uint64_t policy) {
-  const uint32_t t = threadIdx.x % 4, num_rows = p.num_rows;
+__device__ __forceinline__ void copy_rows(uint32_t place, const RowCursor& cursor,
+                                          uint32_t num_rows, uint64_t policy) {
   // Opaque as in load_tile; `place` has no uniform part that ptxas could tell from the rest.
   const uint32_t places[2] = {ptx::opaque(place), ptx::opaque(place ^ 64)};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint8_t* x =
-        ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(cursor.x, r)) + 16 * t);
+    const uint8_t* x = ptx::opaque(reinterpret_cast<const uint8_t*>(from_owner(cursor.x, r)) +
+                                   threadIdx.x % 4 * 16);
     if (cursor.row + 8 * r < num_rows) {
 #pragma unroll
       for (int i = 0; i < C::kHeadDim / 32; ++i) {
@@ -165,8 +168,14 @@ __device__ __forceinline__ void load_rows(uint32_t place, OwnTarget& target,
       }
     }
   }
-  ptx::cp_async_commit();
-  const bool exists = cursor.row + t % 2 * 8 < num_rows, mapped = p.slot_mapping != nullptr;
+}
+
+// Starts the load of the own row's slot.
+__device__ __forceinline__ void load_target(OwnTarget& target, const RowCursor& cursor,
+                                            const EncodeParams& p) {
+  const uint32_t num_rows = p.num_rows;
+  const bool exists = cursor.row + threadIdx.x % 2 * 8 < num_rows;
+  const bool mapped = p.slot_mapping != nullptr;
   target.head = cursor.head;
   target.slot = exists && !mapped ? int64_t{cursor.token} : -1;
   ptx::ld_global_if(target.slot, p.slot_mapping + cursor.token, exists && mapped);
@@ -216,10 +225,11 @@ __device__ __forceinline__ float own_square_sum(const WgmmaAccumulators<C>& acc)
   return sum + __shfl_xor_sync(kFullWarp, sum, 2);
 }
 
-// As quantise of encode_quantise.cuh.
+// As quantise of encode_quantise.cuh.  Boundaries are read where they are compared with, which is
+// rare: a register less.
 template <class C>
 __device__ __forceinline__ void quantise_bytes(WgmmaAccumulators<C>& acc, const float (&scales)[2],
-                                               const Quantiser& quantiser,
+                                               const Quantiser& quantiser, const float* boundaries,
                                                uint32_t (&words)[2][C::kWords]) {
   if (quantiser.exact) {
 #pragma unroll
@@ -247,7 +257,7 @@ __device__ __forceinline__ void quantise_bytes(WgmmaAccumulators<C>& acc, const 
   for (int i = 0; i < 2 * C::kWords; ++i) words[i % 2][i / 2] = 0;
 #pragma unroll 1
   for (int i = 0; i < kNumBoundaries; ++i) {
-    const float boundary = __shfl_sync(kFullWarp, quantiser.boundary, i);
+    const float boundary = __ldg(boundaries + i);
 #pragma unroll
     for (int k = 0; k < C::kHeadDim / 2; ++k) {
       const int e = k / 4 % 4 * 2 + k % 2;
@@ -256,24 +266,39 @@ __device__ __forceinline__ void quantise_bytes(WgmmaAccumulators<C>& acc, const 
   }
 }
 
-// ---- The kernel.
+// ---- Products.
+
+// x of the warp's 16 rows as A operands of all k16 steps.
+template <class C>
+using WgmmaRows = uint32_t[C::kHeadDim / 16][4];
+
+// `place`: of the chunk that this lane names of the first step: chunk lane / 16 of row lane % 16.
+template <class C>
+__device__ __forceinline__ void read_rows(WgmmaRows<C>& rows, uint32_t place) {
+#pragma unroll
+  for (int step = 0; step < C::kHeadDim / 16; ++step) {
+    // A step is two chunks, and the swizzle an exclusive or: another one goes to the next step.
+    ptx::ldmatrix_x4(rows[step], (place ^ step % 4 * 32) + step / 4 * C::Tile::kPanelBytes);
+  }
+}
 
 template <class C>
-__device__ __forceinline__ void issue_products(WgmmaAccumulators<C>& acc, uint64_t rows,
+__device__ __forceinline__ void issue_products(WgmmaAccumulators<C>& acc, const WgmmaRows<C>& rows,
                                                uint64_t matrix) {
 #pragma unroll
   for (int step = 0; step < C::kHeadDim / 16; ++step) {
-    const uint64_t a = ptx::wgmma_advance(rows, step / 4 * C::Tile::kPanelBytes + step % 4 * 32);
     const uint64_t b =
         ptx::wgmma_advance(matrix, step / 4 * C::Matrix::kPanelBytes + step % 4 * 32);
     if constexpr (std::is_same_v<typename C::Element, __half>) {
-      ptx::wgmma_f16(acc, a, b, step > 0);
+      ptx::wgmma_f16<false>(acc, rows[step], b, step > 0);
     } else {
-      ptx::wgmma_bf16(acc, a, b, step > 0);
+      ptx::wgmma_bf16<false>(acc, rows[step], b, step > 0);
     }
   }
   ptx::wgmma_commit();
 }
+
+// ---- The kernel.
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
@@ -281,23 +306,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (touch_line(p)) return;
   const uint32_t s_matrix = ptx::smem_address(ptx::dynamic_shared());
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
-  const int group = warp_uniform(threadIdx.x / C::kGroupThreads);
-  constexpr uint32_t kRing = C::kBuffers * C::Tile::kBytes;
-  // In uniform registers, for descriptors.
-  const uint32_t s_operands = warp_uniform(static_cast<int>(s_matrix));
-  const uint32_t s_tiles = s_operands + C::Matrix::kBytes + group * kRing;
   const int two_sides = p.num_sides - 1;
   const EncodeSide& side = p.sides[blockIdx.x & two_sides];
   const int cta = blockIdx.x >> two_sides, num_ctas = gridDim.x >> two_sides;
-  const int group_row = threadIdx.x / kWarpSize % 4 * 16 + lane / 4;  // row g of this warp
   const uint32_t num_rows = p.num_rows;
-  // CTAs first, as in encode_kernel.
-  uint32_t tile_row = (group * num_ctas + cta) * C::kTileRows;
 
   // [1/6] Start the loads, those of the tables first.
   constexpr int kChunks = C::kHeadDim / 8;
   const float boundary = __ldg(side.boundaries + min(lane, kNumBoundaries - 1));
-  const float centroid = __ldg(side.centroids + lane % kNumCentroids);
   const bool hadamard = side.rotation != nullptr;
   uint32_t signs[8] = {};
   if (hadamard) {
@@ -309,22 +325,25 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
   for (uint32_t& sign : signs) sign = ptx::opaque(sign);  // keeps the loads in front
   const uint64_t policy = ptx::read_once_policy();
-  // Where the lane's chunks go.  Not made of `group`: see load_rows.
-  const uint32_t first_place = s_matrix + C::Matrix::kBytes +
-                               threadIdx.x / C::kGroupThreads * kRing +
-                               C::Tile::offset(group_row, t);
+  // Where the lane's chunks go.  Nothing of it is seen to be uniform: see copy_rows.
+  const uint32_t s_tiles = s_matrix + C::Matrix::kBytes + threadIdx.x / kWarpSize * C::kRing;
+  uint32_t copy_place = s_tiles + C::Tile::offset(lane / 4, t);
   RowCursor cursor = {};
-  OwnTarget targets[2] = {};  // of this tile and the next
-  // Branches: the compiler would put the loads above and the first tile behind the rest.
-  if (tile_row < num_rows) {
-    cursor.row = tile_row + group_row;
+  // The first tile; CTAs first, as in encode_kernel.  Every CTA has one, and the branches are for
+  // the compiler, which would put the loads above and these behind the work on the tables.
+  if (cta * C::kTileRows < p.num_rows) {
+    cursor.row = (threadIdx.x / C::kGroupThreads * num_ctas + cta) * C::kTileRows +
+                 threadIdx.x / kWarpSize % 4 * 16 + lane / 4;
     const uint32_t own = cursor.row + t % 2 * 8;
     cursor.token = p.heads.quotient(own);
     cursor.head = own - cursor.token * p.heads.divisor;
     cursor.x = reinterpret_cast<uint64_t>(side.x) + cursor.token * side.token_stride +
                cursor.head * side.head_stride;
-    load_rows<C>(first_place, targets[0], cursor, p, policy);
+    copy_rows<C>(copy_place, cursor, num_rows, policy);
   }
+  ptx::cp_async_commit();
+  OwnTarget target;
+  load_target(target, cursor, p);
   RowStride stride;
   stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
   stride.token = p.heads.quotient(stride.row);
@@ -332,12 +351,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   stride.x = stride.token * side.token_stride + stride.head * side.head_stride;
   stride.wrap = side.token_stride - p.heads.divisor * side.head_stride;
   advance(cursor, stride, p.heads.divisor);
-  if (tile_row + stride.row < num_rows) {
-    load_rows<C>(first_place + C::Tile::kBytes, targets[1], cursor, p, policy);
-  } else {
-    ptx::cp_async_commit();
+  if (stride.row < num_rows) {
+    copy_rows<C>(copy_place + C::Tile::kBytes, cursor, num_rows, policy);
   }
-  advance(cursor, stride, p.heads.divisor);
+  ptx::cp_async_commit();
 
   // [2/6] Tables.
   fill_matrix<C>(s_matrix, hadamard, signs);
@@ -347,44 +364,49 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const float norm_unit = hadamard ? 1.f / (C::kHeadDim * C::kUnit * C::kUnit) : 1.f;
   const Destination destination = make_destination(p, side, t >= 2);
   const Quantiser quantiser = make_byte_quantiser(boundary);
-  __syncthreads();  // B is complete before any warpgroup multiplies; the last barrier of all
+  // B is complete before any warpgroup multiplies; the last barrier of all.
+  __syncthreads();
 
-  const uint64_t matrix = ptx::wgmma_descriptor(s_operands, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
-  uint32_t buffer = 0;                                 // of this tile
-  uint32_t place = first_place + 2 * C::Tile::kBytes;  // of the lane's part of the one to fetch
+  // Uniform, for descriptors and branches.
+  const uint64_t matrix = ptx::wgmma_descriptor(warp_uniform(static_cast<int>(s_matrix)), 16,
+                                                8 * 128, ptx::WgmmaSwizzle::k128B);
+  const int group = warp_uniform(threadIdx.x / C::kGroupThreads);
+  uint32_t read_place = s_tiles + C::Tile::offset(lane % 16, lane / 16);
+  int32_t turn = C::Tile::kBytes;  // from this tile's place to the next one's
 #pragma unroll 1
-  for (; tile_row < num_rows; tile_row += stride.row) {
-    // [3/6] Fetch and rotate, once every thread's part of the tile has arrived.
+  for (uint32_t tile_row = (group * num_ctas + cta) * C::kTileRows; tile_row < num_rows;
+       tile_row += stride.row) {
+    const int64_t own_address = find_address(p, destination, target);
+    load_target(target, cursor, p);  // of the next tile
+    // [3/6] To registers, once every lane's part of the warp's rows has arrived.
     ptx::cp_async_wait<1>();
-    ptx::fence_shared_async();
-    // The four warps' copies of this tile come before its products, and their products of the last
-    // tile before the copies into its place.
-    ptx::named_barrier_sync(1 + group, C::kGroupThreads);
-    // The tile after the next first: a warp stands still while it issues its products.
-    const OwnTarget target = targets[0];
-    targets[0] = targets[1];
-    load_rows<C>(place, targets[1], cursor, p, policy);
+    __syncwarp();
+    WgmmaRows<C> rows;
+    read_rows<C>(rows, read_place);
+    __syncwarp();  // every lane's are there
+    // [4/6] Rotate.  Before, the tile after the next into this one's place: a warp stands still
+    // while it issues its products.
     advance(cursor, stride, p.heads.divisor);
-    place += C::Tile::kBytes;
-    if (place >= first_place + kRing) place -= kRing;
+    copy_rows<C>(copy_place, cursor, num_rows, policy);
+    ptx::cp_async_commit();
+    read_place += turn, copy_place += turn, turn = -turn;
     WgmmaAccumulators<C> acc;
     ptx::wgmma_fence();
-    const uint64_t rows =
-        ptx::wgmma_descriptor(s_tiles + buffer, 16, 8 * 128, ptx::WgmmaSwizzle::k128B);
     issue_products<C>(acc, rows, matrix);
-    buffer = buffer == kRing - C::Tile::kBytes ? 0 : buffer + C::Tile::kBytes;
-    // [4/6] Meanwhile, find where the rows go.
-    const int64_t own_address = find_address(p, destination, target);
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
+#pragma unroll
+    for (int step = 0; step < C::kHeadDim / 16; ++step) ptx::wgmma_hold(rows[step]);
 
     // [5/6] Quantise and pack.
     float norm = ptx::sqrt_approx(own_square_sum<C>(acc) * norm_unit);
     const float own_scale = gain * ptx::rcp_approx(norm + kNormEpsilon);
     const float scales[2] = {from_owner(own_scale, 0), from_owner(own_scale, 1)};
     uint32_t words[2][C::kWords];
-    quantise_bytes<C>(acc, scales, quantiser, words);
+    quantise_bytes<C>(acc, scales, quantiser, side.boundaries, words);
     if (p.norm_correction) {
+      // Not kept from tile to tile: a register less.
+      const float centroid = __ldg(side.centroids + lane % kNumCentroids);
       float decoded[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {

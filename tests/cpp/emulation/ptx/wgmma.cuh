@@ -4,6 +4,7 @@
 #pragma once
 #include <type_traits>
 
+#include "../intrinsics.h"
 #include "mma.cuh"
 #include "smem.cuh"
 
@@ -102,58 +103,34 @@ void wgmma_s8(int32_t (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
   });
 }
 
-template <bool kTransposed, int kRegs>
-void wgmma_f16(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  const auto as = emulation::exchange(emulation::kMmaHalf, a[0], a[1], a[2], a[3]);
+namespace detail {
+
+// A in registers, B in shared memory, both of 16-bit elements.
+template <bool kTransposed, typename ToFloat, int kRegs>
+void multiply_rows(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t b, bool accumulate, int kind,
+                   ToFloat to_float) {
+  const auto as = emulation::exchange(kind, a[0], a[1], a[2], a[3]);
   const int lane = emulation::lane();
   struct Rows {
     float of[2][16];  // rows g and g + 8
   } rows;
   for (int half = 0; half < 2; ++half) {
     for (int k = 0; k < 16; ++k) {
-      rows.of[half][k] = detail::half_of(as[lane / 4 * 4 + k % 8 / 2][half + 2 * (k / 8)], k % 2);
+      const uint64_t pair = as[lane / 4 * 4 + k % 8 / 2][half + 2 * (k / 8)];
+      rows.of[half][k] = to_float(static_cast<uint16_t>(pair >> 16 * (k % 2)));
     }
   }
   float* const result = d;
-  detail::wgmma_queue().open.push_back([=] {
-    const detail::WgmmaOperand columns(b);
+  wgmma_queue().open.push_back([=] {
+    const WgmmaOperand columns(b);
     for (int i = 0; i < kRegs; ++i) {
       const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       double sum = accumulate ? result[i] : 0.f;
       for (int k = 0; k < 16; ++k) {
         const uint32_t from =
             kTransposed ? columns.mn_major(column, k) : columns.k_major(column, 2 * k);
-        sum += static_cast<double>(rows.of[i % 4 / 2][k]) *
-               emulation::half_to_float(load_shared<uint16_t>(from));
+        sum += static_cast<double>(rows.of[i % 4 / 2][k]) * to_float(load_shared<uint16_t>(from));
       }
-      result[i] = static_cast<float>(sum);
-    }
-  });
-}
-
-namespace detail {
-
-// A and B of 16-bit elements in shared memory, both K-major.
-template <typename ToFloat, int kRegs>
-void multiply_k_major(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate,
-                      ToFloat to_float) {
-  const int lane = emulation::lane(), warp = emulation::machine().thread_index() / 32 % 4;
-  float* const result = d;
-  wgmma_queue().open.push_back([=] {
-    const WgmmaOperand rows(a), columns(b);
-    const auto load = [&](const WgmmaOperand& operand, int row, float (&x)[16]) {
-      for (int k = 0; k < 16; k += 8) {
-        const uint4 chunk = load_shared<uint4>(operand.k_major(row, 2 * k));
-        const auto* elements = reinterpret_cast<const uint16_t*>(&chunk);
-        for (int e = 0; e < 8; ++e) x[k + e] = to_float(elements[e]);
-      }
-    };
-    float x[2][16], y[16];  // rows g and g + 8
-    for (int half = 0; half < 2; ++half) load(rows, 16 * warp + lane / 4 + 8 * half, x[half]);
-    for (int i = 0; i < kRegs; ++i) {
-      load(columns, i / 4 * 8 + lane % 4 * 2 + i % 2, y);
-      double sum = accumulate ? result[i] : 0.f;
-      for (int k = 0; k < 16; ++k) sum += static_cast<double>(x[i % 4 / 2][k]) * y[k];
       result[i] = static_cast<float>(sum);
     }
   });
@@ -161,15 +138,15 @@ void multiply_k_major(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate
 
 }  // namespace detail
 
-template <int kRegs>
-void wgmma_f16(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
-  detail::multiply_k_major(d, a, b, accumulate,
-                           [](uint16_t bits) { return emulation::half_to_float(bits); });
+template <bool kTransposed, int kRegs>
+void wgmma_f16(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  detail::multiply_rows<kTransposed>(d, a, b, accumulate, emulation::kMmaHalf,
+                                     [](uint16_t bits) { return emulation::half_to_float(bits); });
 }
 
-template <int kRegs>
-void wgmma_bf16(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
-  detail::multiply_k_major(d, a, b, accumulate, [](uint16_t bits) {
+template <bool kTransposed, int kRegs>
+void wgmma_bf16(float (&d)[kRegs], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  detail::multiply_rows<kTransposed>(d, a, b, accumulate, emulation::kMmaBfloat, [](uint16_t bits) {
     return emulation::from_bits<float>(static_cast<uint32_t>(bits) << 16);
   });
 }
