@@ -5,19 +5,23 @@
 // CTAs has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles
 // in turn:
 //
-//   every warp      page ids -> copies of its first kStages tiles          (cp.async, rings of its
-//   own) meanwhile       warp r rotates and quantises query row r; all write the tables tiles as in
-//   decode_tile.cuh, nobody waits for anybody in the CTA      warp r sums row r over the warps'
-//   results, in shared memory in the cluster  and sends the sum to CTA r, which adds up those of
-//   all CTAs; sink, LSE, rotation,
-//                   output
+//   every warp       page ids -> copies of its first kStages tiles to a ring of its own
+//   meanwhile        warp r rotates and quantises query row r; the others write the tables
+//   tiles            as in decode_tile.cuh, nobody waits for anybody
+//   in the CTA       warp r sums row r over the warps' results, in shared memory
+//   in the cluster   and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE,
+//                    rotation, output
+//
+// Copies are made by the copy engine.  Of a token-major page a head's codes are pieces of 64 bytes
+// (D = 128) in rows 1,088 bytes apart (8 heads): a box of a tensor map, as large as the tile, where
+// cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
+// 4 heads.  In a head-major page all four are contiguous.
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
 // Shared memory: pair table | ClusterShared | rings; the warps' results in the place of the rings.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "../params.h"
 #include "../ptx/bulk_copy.cuh"
@@ -25,6 +29,7 @@
 #include "../ptx/dynamic_smem.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/smem.cuh"
+#include "../ptx/tensor_copy.cuh"
 #include "common.cuh"
 #include "decode_merge.cuh"
 #include "decode_output.cuh"
@@ -33,6 +38,7 @@
 #include "decode_table.cuh"
 #include "decode_tile.cuh"
 #include "parameter_lines.cuh"
+#include "tensor_map.h"
 
 namespace tq4 {
 
@@ -48,6 +54,11 @@ struct ClusterConfig {
   static constexpr int kTileBytes = cluster_tile_bytes(D);
 };
 
+// The pages as arrays of bytes [num_blocks, block_size, row], where a token's row lies together.
+struct ClusterMaps {
+  TensorMap codes, norms;  // boxes of 16 rows of D / 2 bytes, of 16 bytes
+};
+
 template <class C>
 struct ClusterShared {
   PlainKeyCodes::Tables codes;
@@ -55,21 +66,22 @@ struct ClusterShared {
   alignas(16) uint8_t query[2][C::kRows][C::D];  // codes, residuals
   float2 stats[C::kWarps][C::kRows];             // (m, l) of the warps' results
   uint64_t arrived;                              // of what the CTAs send
+  uint64_t landed[C::kWarps][C::kStages];        // tiles in the warps' rings
   // From each CTA its sums of this CTA's rows, which are as far apart as the cluster is large.
   float2 sum_stats[kLargestCluster];
   alignas(16) float sums[kLargestCluster][C::kRowPitch];
   ParameterLines lines[C::kWarps];
 };
 
-// The tiles of one warp on their way to shared memory: copies of tile i of the warp, and what it
-// takes to know where it is.
+// The tiles of one warp on their way to shared memory: tile i of the warp is tile first + kWarps i
+// of the sequence.
 template <class C>
 struct ClusterTiles {
   int head;
   const int32_t* table;  // of the sequence
-  int first, count;      // tile i of the warp is tile first + kWarps i of the sequence
-  uint32_t ring;         // shared address
-  int pages;             // lane i: the page of tile i, of the 32 tiles being copied
+  int first, count;
+  uint32_t ring, landed;  // shared addresses of the warp's ring and of its barriers
+  int pages;              // lane i: the page of tile i, of the 32 tiles being copied
 
   // Entries past the last tile are garbage.
   __device__ __forceinline__ void find_pages(const DecodePlan& plan, int i) {
@@ -77,54 +89,50 @@ struct ClusterTiles {
     pages = own < count ? table[plan.block_divider.quotient(first + C::kWarps * own)] : 0;
   }
 
-  template <int kBytes>
-  __device__ __forceinline__ static void copy_codes(uint32_t dst, const uint8_t* src, int stride) {
-    constexpr int kPieces = C::D / 2 / kBytes;  // of a token
-#pragma unroll
-    for (int i = 0; i < kTileTokens * kPieces / kWarpSize; ++i) {
-      const int piece = i * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize);
-      const int token = piece / kPieces, at = piece % kPieces * kBytes;
-      const uint8_t* from = src + token * stride + at;
-      ptx::cp_async_once<kBytes>(dst + piece * kBytes, from, ptx::read_once_policy());
-    }
-  }
-
-  // Starts the copies of tile i, if there is one, and makes a group of them in any case.
-  __device__ __forceinline__ void copy(const PageView& view, const DecodePlan& plan, int i) {
-    if (i < count) {
-      if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
-      const int tile = first + C::kWarps * i;
-      const int page = __shfl_sync(kFullWarp, pages, i % kWarpSize);
-      const int in_page =
-          (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
-          kTileTokens;
-      const uint8_t* src = view.base + page * view.block_stride;
-      const uint8_t* codes = src + in_page * view.code_token_stride + head * view.code_head_stride;
-      const uint32_t dst = stage(i);
-      const auto copy_both = [&](auto bytes) {
-        constexpr int kBytes = decltype(bytes)::value;
-        copy_codes<kBytes>(dst, codes + view.k_codes, view.code_token_stride);
-        copy_codes<kBytes>(dst + kTileTokens * C::D / 2, codes + view.v_codes,
-                           view.code_token_stride);
+  // Starts the copies of tile i, if there is one, into a stage that all lanes have read.
+  __device__ __forceinline__ void copy(const PageView& view, const ClusterMaps& maps,
+                                       const DecodePlan& plan, int i) {
+    if (i >= count) return;
+    if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
+    const int tile = first + C::kWarps * i;
+    const int page = __shfl_sync(kFullWarp, pages, i % kWarpSize);
+    if (threadIdx.x % kWarpSize != 0) return;
+    const int token =
+        (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
+        kTileTokens;
+    const StageView& place = plan.copy.stage;
+    const uint32_t dst = stage(i), barrier = landed + 8 * (i % C::kStages);
+    const uint64_t policy = ptx::read_once_policy();
+    ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
+    if (plan.cluster_boxes) {
+      const int codes = head * view.code_head_stride, norms = cluster_norm_box(head);
+      const auto box = [&](const TensorMap& map, int to, int column) {
+        ptx::tensor_copy_once_to_shared(dst + to, map, column, token, page, barrier, policy);
       };
-      if (plan.copy.width == 16) {
-        copy_both(std::integral_constant<int, 16>{});
-      } else if (plan.copy.width == 8) {
-        copy_both(std::integral_constant<int, 8>{});
-      } else {
-        copy_both(std::integral_constant<int, 4>{});
-      }
-      const int lane = threadIdx.x % kWarpSize;
-      const int token = in_page + lane % kTileTokens;
-      ptx::cp_async<4>(dst + kTileTokens * C::D + 4 * lane,
-                       src + (lane < kTileTokens ? view.k_norms : view.v_norms) +
-                           token * view.norm_token_stride + head * view.norm_head_stride);
+      box(maps.codes, place.k_codes, view.k_codes + codes);
+      box(maps.norms, place.k_norms, view.k_norms + norms);
+      box(maps.codes, place.v_codes, view.v_codes + codes);
+      box(maps.norms, place.v_norms, view.v_norms + norms);
+    } else {
+      const uint8_t* src = view.base + page * view.block_stride;
+      const uint8_t* codes = src + token * view.code_token_stride + head * view.code_head_stride;
+      const uint8_t* norms = src + token * view.norm_token_stride + head * view.norm_head_stride;
+      const auto run = [&](int to, const uint8_t* from, uint32_t bytes) {
+        ptx::bulk_copy_once_to_shared(dst + to, from, bytes, barrier, policy);
+      };
+      run(place.k_codes, codes + view.k_codes, kTileTokens * C::D / 2);
+      run(place.k_norms, norms + view.k_norms, kTileTokens * 4);
+      run(place.v_codes, codes + view.v_codes, kTileTokens * C::D / 2);
+      run(place.v_norms, norms + view.v_norms, kTileTokens * 4);
     }
-    ptx::cp_async_commit();
   }
 
   __device__ __forceinline__ uint32_t stage(int i) const {
     return ring + i % C::kStages * C::kTileBytes;
+  }
+
+  __device__ __forceinline__ void wait(int i) const {
+    ptx::mbarrier_wait(landed + 8 * (i % C::kStages), i / C::kStages & 1);
   }
 };
 
@@ -163,7 +171,8 @@ __device__ __forceinline__ TileRange cluster_share(TileRange tiles, int rank, in
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     decode_cluster_kernel(const __grid_constant__ AttentionParams p,
-                          const __grid_constant__ DecodePlan plan) {
+                          const __grid_constant__ DecodePlan plan,
+                          const __grid_constant__ ClusterMaps maps) {
   using Steps = typename C::Steps;
   using Sum = RowSum<C::D>;
   uint8_t* bytes = ptx::dynamic_shared();
@@ -178,8 +187,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(arrived, 1);
     ptx::mbarrier_fence_init();
+    if (plan.cluster_boxes) {
+      ptx::prefetch_tensor_map(maps.codes);
+      ptx::prefetch_tensor_map(maps.norms);
+    }
   }
   ptx::cluster_arrive();
+  const float centroid = p.v_centroids[lane % 16];
 
   const int unit = static_cast<int>(blockIdx.x) / size;
   const int seq = static_cast<int>(plan.chunk_divider.quotient(unit));
@@ -211,12 +225,22 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   tiles.first = share.begin + warp;
   tiles.count = (share.end - share.begin - warp + C::kWarps - 1) / C::kWarps;
   tiles.ring = rings + warp * C::kStages * C::kTileBytes;
+  tiles.landed = ptx::smem_address(shared.landed[warp]);
   tiles.find_pages(plan, 0);
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(tiles.landed + 8 * i, 1);
+    ptx::mbarrier_fence_init();
+  }
+  __syncwarp();  // the barriers are there
 #pragma unroll 1
-  for (int i = 0; i < C::kStages; ++i) tiles.copy(p.cache, plan, i);
+  for (int i = 0; i < C::kStages; ++i) tiles.copy(p.cache, maps, plan, i);
 
   // [3/5] Tables and queries.
-  const float value_unit = write_pair_table(table, p.v_centroids, warp, C::kWarps);
+  // By the warps without a query row, of which there are at least 8.
+  const int writer = warp - num_rows;
+  const float value_unit =
+      write_pair_table(table, centroid, writer < 0 ? 256 : writer, C::kWarps - num_rows);
   const float key_unit = shared.codes.write(p);
   if (has_row) {
     row.unpack(p.dtype);
@@ -246,26 +270,31 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       for (int i = 0; i < 4; ++i) rows.q[k][i] = pinned(a[0][i]);
     }
   }
-  const LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
+  LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
+  if (plan.cluster_boxes) {
+#pragma unroll
+    for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
+  }
   
   const auto unmasked = UnmaskedTiles::make(p, segment);
   DecodeState<Steps> state;
   state.clear();
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
-    ptx::cp_async_wait<C::kStages - 1>();
-    __syncwarp();  // every lane's part of the tile has landed
+    tiles.wait(i);
     consume_tile<Steps>(
-        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
+        plan, tiles.stage(i),
+        [&] {
+          __syncwarp();  // all lanes have read the tile
+          tiles.copy(p.cache, maps, plan, i + C::kStages);
+        },
+        table + 4 * lane, at, key_codes, rows, p.softcap,
         !unmasked.has(tiles.first + C::kWarps * i),
         [&] {
           return hidden_columns<Steps>(p, plan, segment, 0, tiles.first + C::kWarps * i);
         },
         state);
-    __syncwarp();  // all lanes have read the tile
-    tiles.copy(p.cache, plan, i + C::kStages);
   }
-  ptx::cp_async_wait<0>();
 
   // [4/5] The sums of the CTA.
   __syncthreads();  // all warps are done with their rings

@@ -284,13 +284,13 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
                       slot % plan.row_groups * Config::kRows,
                       1.f,
                       1.f};
-  place.value_unit = write_pair_table(smem, p.v_centroids, warp, Config::kWarps);
+  place.value_unit = write_pair_table(smem, p.v_centroids[threadIdx.x % 16], warp, Config::kWarps);
   if constexpr (Config::kSplitKeys) {
     place.key_unit = shared.split_codes.write(p);
   } else if constexpr (Config::kInt8) {
     place.key_unit = shared.plain_codes.write(p);
   } else {
-    place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids, warp, Config::kWarps);
+    place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids[threadIdx.x % 16], warp, Config::kWarps);
   }
   shared.warps[warp].place = place;  // written by all lanes alike
 }

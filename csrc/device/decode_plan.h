@@ -72,8 +72,16 @@ constexpr int kClusterWarps = 16, kClusterStages = 4;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
 constexpr int64_t kClusterMostKeys = 4096;
-// A tile of one KV head: K codes, V codes, K norms, V norms.
-constexpr int cluster_tile_bytes(int head_dim) { return kTileTokens * (head_dim + 8); }
+// A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes norms
+// from rows in boxes of 16 bytes, those of 4 heads.
+constexpr int kNormBoxBytes = 16;
+constexpr int cluster_tile_bytes(int head_dim) {
+  return kTileTokens * (head_dim + 2 * kNormBoxBytes);
+}
+// Bytes from the norm of head 0 to the box with that of `head`.
+TQ4_HOST_DEVICE constexpr int cluster_norm_box(int head) {
+  return head * 4 / kNormBoxBytes * kNormBoxBytes;
+}
 
 constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel takes at once
 
@@ -115,6 +123,7 @@ struct DecodePlan {
   // CTAs that share a (sequence, KV head), at least (the launcher knows the device); 0: the three
   // kernels.
   int32_t cluster;
+  bool cluster_boxes;  // clusters copy tiles as boxes of rows; else each field is contiguous
   bool bulk;           // bulk copies; else cp.async
   bool wide;           // stage rows are aligned for vector loads
   bool overlapped;     // launches may overlap; set by launch_decode
@@ -171,7 +180,7 @@ inline TileCopy make_tile_copy(const PageView& view, int heads_per_chunk, bool m
   const int codes = view.head_dim / 2;
   const int num_chunks = view.num_kv_heads / heads_per_chunk;
   const int tiles_per_block = view.block_size / kTileTokens;
-  const bool token_major = view.code_token_stride == view.norm_token_stride;
+  const bool token_major = is_token_major(view);
   const bool head_major = view.code_token_stride == codes && view.norm_token_stride == 4;
   if (token_major ? view.code_head_stride != codes || view.norm_head_stride != 4
                   : !head_major || view.code_head_stride != view.norm_head_stride) {
@@ -445,7 +454,8 @@ inline bool takes_clusters(const AttentionParams& p, const DecodePlan& plan) {
   const int head_dim = p.cache.head_dim;
   return p.arch == 90 && p.path != Path::kPortable && p.int8 &&
          (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 && plan.light_prepare &&
-         is_light(head_dim, p.out_rotation, p.out_signs) &&
+         is_light(head_dim, p.out_rotation, p.out_signs) && p.cache.num_blocks > 0 &&
+         takes_bulk_fields(p.cache) &&
          int64_t{p.num_seqs} * p.cache.num_kv_heads * kClusterSize <= p.num_sms &&
          int64_t{p.max_blocks} * p.cache.block_size <= kClusterMostKeys;
 }
@@ -456,13 +466,14 @@ inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
   plan.mode = DecodeMode::kInt8Rows8;
   plan.heads_per_chunk = p.cache.num_kv_heads;
   plan.num_chunks = 1;
-  plan.copy.width = copy_width(p.cache);
+  plan.cluster_boxes = is_token_major(p.cache);
   StageView& stage = plan.copy.stage;
-  stage.v_codes = kTileTokens * head_dim / 2;
-  stage.k_norms = 2 * stage.v_codes;
-  stage.v_norms = stage.k_norms + 4 * kTileTokens;
   stage.code_token_stride = head_dim / 2;
-  stage.norm_token_stride = 4;
+  stage.norm_token_stride = plan.cluster_boxes ? kNormBoxBytes : 4;
+  stage.v_codes = kTileTokens * stage.code_token_stride;
+  stage.k_norms = 2 * stage.v_codes;
+  stage.v_norms = stage.k_norms + kTileTokens * kNormBoxBytes;
+  plan.copy.bytes = 2 * kTileTokens * (stage.code_token_stride + stage.norm_token_stride);
 }
 
 }  // namespace detail

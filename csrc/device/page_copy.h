@@ -18,6 +18,25 @@ TQ4_HOST_DEVICE int copy_width(const PageView& view) {
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 4;
 }
 
+// Whether a token's row of all heads lies together; else a head's tokens do.
+TQ4_HOST_DEVICE bool is_token_major(const PageView& view) {
+  return view.code_token_stride == view.norm_token_stride;
+}
+
+// Whether the copy engine can take the codes and norms of one head and 16 tokens: as boxes of rows
+// from token-major pages, as contiguous runs from head-major ones.
+inline bool takes_bulk_fields(const PageView& view) {
+  uint64_t bits =
+      reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride);
+  if (is_token_major(view)) {
+    bits |= static_cast<uint64_t>(view.code_token_stride);
+  } else {
+    bits |= static_cast<uint64_t>(view.code_head_stride | view.norm_head_stride);
+    bits |= static_cast<uint64_t>(view.k_codes | view.v_codes | view.k_norms | view.v_norms);
+  }
+  return bits % 16 == 0;
+}
+
 // log2(block_size), or -1 when it is not a power of two.
 inline int block_shift(const PageView& view) {
   for (int shift = 0; shift < 31; ++shift) {

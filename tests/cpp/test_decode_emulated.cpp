@@ -95,8 +95,20 @@ void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int row
       using Config = tq4::ClusterConfig<D>;
       tq4::DecodePlan one = plan;
       one.cluster = 1;
+      const tq4::PageView& view = p.cache;
+      const auto map = [&](int box_bytes) {
+        return tq4::ptx::emulated_tensor_map(
+            view.base,
+            {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_size),
+             static_cast<uint64_t>(view.num_blocks)},
+            {static_cast<uint64_t>(view.code_token_stride),
+             static_cast<uint64_t>(view.block_stride)},
+            {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
+      };
+      tq4::ClusterMaps maps{};
+      if (plan.cluster_boxes) maps = {map(D / 2), map(tq4::kNormBoxBytes)};
       emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
-                        Config::kThreads, p, one);
+                        Config::kThreads, p, one, maps);
     }
     return;
   }
@@ -649,11 +661,11 @@ int main(int argc, char** argv) {
       c.queries = {2, 0, 1}, c.lengths = {300, 20, 1}, c.max_query_len = 2, c.sinks = true;
     });
     cluster("cluster, not rotated", [](Case& c) { c.rotate = false, c.lengths = {90, 40}; });
-    cluster("cluster, one head", [](Case& c) {
-      c.num_kv_heads = 1, c.group = 7, c.lengths = {300, 40, 9}, c.bf16 = true;
+    cluster("cluster, seven query heads", [](Case& c) {
+      c.group = 7, c.lengths = {300, 40}, c.bf16 = true;
     });
-    cluster("cluster, padded rows", [](Case& c) {
-      c.layout = Layout::kPaddedRows, c.block_size = 32, c.lengths = {300, 40};
+    cluster("clusters take no such rows", [](Case& c) {
+      c.layout = Layout::kPaddedRows, c.block_size = 32, c.lengths = {300, 40}, c.cluster = false;
     });
     cluster("cluster, head-major", [](Case& c) {
       c.layout = Layout::kHeadMajor, c.block_size = 64, c.lengths = {600, 40}, c.window_left = 100;
@@ -663,7 +675,11 @@ int main(int argc, char** argv) {
       c.window_right = 1, c.queries = {2, 1}, c.max_query_len = 2;
     });
     cluster("cluster, rings used again",
-            [](Case& c) { c.num_kv_heads = 1, c.group = 1, c.lengths = {4000}; });
+            [](Case& c) { c.group = 1, c.lengths = {4000}; });
+    cluster("cluster, head-major rings used again", [](Case& c) {
+      c.layout = Layout::kHeadMajor, c.num_kv_heads = 1, c.group = 1, c.lengths = {2100};
+    });
+    cluster("cluster, six heads", [](Case& c) { c.num_kv_heads = 6, c.lengths = {90}; });
     cluster("cluster, wild norms", [](Case& c) {
       c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {500}, c.bf16 = true;
     });
