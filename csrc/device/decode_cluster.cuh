@@ -5,9 +5,9 @@
 // CTAs has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles
 // in turn:
 //
-//   every warp       page ids -> copies of its first kStages tiles to a ring of its own
+//   every warp       page ids -> copy of its first tile to a ring of its own
 //   meanwhile        warp r rotates and quantises query row r; the others write the tables
-//   tiles            as in decode_tile.cuh, nobody waits for anybody
+//   tiles            as in decode_tile.cuh, nobody waits for anybody; two copies ahead
 //   in the CTA       warp r sums row r over the warps' results, in shared memory
 //   in the cluster   and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE,
 //                    rotation, output
@@ -15,7 +15,9 @@
 // Copies are made by the copy engine.  Of a token-major page a head's codes are pieces of 64 bytes
 // (D = 128) in rows 1,088 bytes apart (8 heads): a box of a tensor map, as large as the tile, where
 // cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
-// 4 heads.  In a head-major page all four are contiguous.
+// 4 heads.  In a head-major page all four are contiguous.  Boxes of short rows are slow all the same,
+// 10 ns each, and the lane that asks for one waits for its turn: hence no more copies than needed
+// before the tables are written.
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
@@ -233,8 +235,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::mbarrier_fence_init();
   }
   __syncwarp();  // the barriers are there
-#pragma unroll 1
-  for (int i = 0; i < C::kStages; ++i) tiles.copy(p.cache, maps, plan, i);
+  int copied = 0;
+  const auto copy_next = [&] { tiles.copy(p.cache, maps, plan, copied++); };
+  copy_next();
 
   // [3/5] Tables and queries.
   // By the warps without a query row, of which there are at least 8.
@@ -252,6 +255,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           row_unit(DecodeMode::kInt8Rows8, largest) * unit_scale(p, plan), key_unit);
     }
   }
+  copy_next();
   lines.keep(shared.lines);
   __syncthreads();  // tables and queries are there
 
@@ -281,19 +285,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   state.clear();
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
+    copy_next();  // to the stage of tile i - 1
     tiles.wait(i);
     consume_tile<Steps>(
-        plan, tiles.stage(i),
-        [&] {
-          __syncwarp();  // all lanes have read the tile
-          tiles.copy(p.cache, maps, plan, i + C::kStages);
-        },
-        table + 4 * lane, at, key_codes, rows, p.softcap,
+        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
         !unmasked.has(tiles.first + C::kWarps * i),
         [&] {
           return hidden_columns<Steps>(p, plan, segment, 0, tiles.first + C::kWarps * i);
         },
         state);
+    __syncwarp();  // all lanes have read the tile
   }
 
   // [4/5] The sums of the CTA.

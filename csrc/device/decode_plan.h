@@ -68,7 +68,7 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
 // Decode of short contexts by clusters (decode_cluster.cuh).
 constexpr int kClusterSize = 8;      // CTAs: the most that every device with clusters takes
 constexpr int kLargestCluster = 16;  // where there is room
-constexpr int kClusterWarps = 16, kClusterStages = 4;
+constexpr int kClusterWarps = 16, kClusterStages = 3;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
 constexpr int64_t kClusterMostKeys = 4096;

@@ -650,13 +650,13 @@ int main(int argc, char** argv) {
     const std::string suffix = " D " + std::to_string(head_dim);
     const auto cluster = [&](const char* name, auto&& change) {
       test((name + suffix).c_str(), [&](Case& c) {
-        c.head_dim = head_dim, c.cluster = true, c.num_sms = 132, c.rotate = true;
+        c.head_dim = head_dim, c.cluster = true, c.num_sms = 132, c.rotate = true, c.num_kv_heads = 4;
         c.rotation = Case::kSigns;
         change(c);
       });
     };
     cluster("cluster", [](Case& c) { c.lengths = {700}, c.num_kv_heads = 8; });
-    cluster("cluster, short", [](Case& c) { c.lengths = {1, 0, 16, 17, 255}; });
+    cluster("cluster, short", [](Case& c) { c.lengths = {1, 0, 17, 255}; });
     cluster("cluster, several queries", [](Case& c) {
       c.queries = {2, 0, 1}, c.lengths = {300, 20, 1}, c.max_query_len = 2, c.sinks = true;
     });
@@ -679,7 +679,9 @@ int main(int argc, char** argv) {
     cluster("cluster, head-major rings used again", [](Case& c) {
       c.layout = Layout::kHeadMajor, c.num_kv_heads = 1, c.group = 1, c.lengths = {2100};
     });
-    cluster("cluster, six heads", [](Case& c) { c.num_kv_heads = 6, c.lengths = {90}; });
+    cluster("cluster, twelve heads", [](Case& c) { c.num_kv_heads = 12, c.lengths = {90}; });
+    cluster("clusters take no six heads",
+            [](Case& c) { c.num_kv_heads = 6, c.lengths = {90}, c.cluster = false; });
     cluster("cluster, wild norms", [](Case& c) {
       c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {500}, c.bf16 = true;
     });
