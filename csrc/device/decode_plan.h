@@ -114,8 +114,8 @@ struct DecodePlan {
   int32_t code_step, norm_step;  // bytes in a stage from a token of n-tile 0 to that of n-tile 1
   // From a token's K norm to its V norm, and to that of the token of n-tile 1.
   int32_t value_norms, value_norms_step;
-  int32_t group;                 // query heads of a KV head
-  int32_t max_rows;              // query rows of a KV head: group * max_query_len
+  int32_t group;     // query heads of a KV head
+  int32_t max_rows;  // query rows of a KV head: group * max_query_len
   DecodeMode mode;
   // CTAs that share a (sequence, KV head), at least (the launcher knows the device); 0: the three
   // kernels.
@@ -436,8 +436,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
   if (bulk) {  // but one stage a team to work on, and one to come
-    plan.num_stages = std::min(
-        plan.num_stages, std::max(kDecodeBytesAhead / plan.copy.stage_bytes, 2 * plan.teams));
+    plan.num_stages = std::min(plan.num_stages,
+                               std::max(kDecodeBytesAhead / plan.copy.stage_bytes, 2 * plan.teams));
   }
   // A stage always belongs to the same team: one that sees only every other filling of it could
   // take an old one for its own, as both end a phase of the same parity.
@@ -486,6 +486,14 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   require(
       view.head_dim == 64 || view.head_dim == 96 || view.head_dim == 128 || view.head_dim == 256,
       "head_dim: expected 64, 96, 128 or 256, got " + std::to_string(view.head_dim));
+  const auto require_rotation = [&](const float* rotation, bool signs, const char* name) {
+    require(rotation == nullptr || !signs || is_power_of_two(view.head_dim),
+            std::string(name) +
+                ": expected a matrix: there is no Hadamard rotation of this head_dim, got " +
+                std::to_string(view.head_dim) + " signs");
+  };
+  require_rotation(p.q_rotation, p.q_signs, "q_rotation");
+  require_rotation(p.out_rotation, p.out_signs, "out_rotation");
   require(view.block_size > 0 && view.block_size % kTileTokens == 0,
           "block_size: expected a multiple of 16, got " + std::to_string(view.block_size));
   require(view.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % view.num_kv_heads == 0,

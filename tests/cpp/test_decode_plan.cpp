@@ -4,12 +4,14 @@
 #include <cstring>
 #include <map>
 #include <set>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
 #include "device/decode_plan.h"
 #include "layout.h"
+#include "segment_walk.h"
 
 namespace {
 
@@ -98,8 +100,18 @@ void check_clusters(tq4::AttentionParams p, bool has_bulk) {
   CHECK(clusters() == fits);
   p.q_rotation = p.out_rotation = signs;
   CHECK(!clusters());  // matrices
-  p.q_signs = p.out_signs = true;
-  CHECK(clusters() == (fits && head_dim != 96));
+  for (bool* const signs_of : {&p.q_signs, &p.out_signs}) {
+    *signs_of = true;
+    bool refused = false;
+    try {
+      tq4::make_decode_plan(p, has_bulk);
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    CHECK(refused == (head_dim == 96));  // no Hadamard rotation
+  }
+  if (head_dim == 96) return;
+  CHECK(clusters() == fits);
   if (fits) CHECK(tq4::make_decode_plan(p, has_bulk).workspace_bytes == 0);
   p.max_blocks += 1;
   CHECK(!clusters());
@@ -245,9 +257,9 @@ void check_schedule(Batch* owner, const tq4::DecodeShares& shares) {
           (cta + 1 < grid ? tq4::share_of(total, cta + 1, shares).begin : total));
     int start = 0;
     while (start + 1 < num_seqs && int64_t{prefix[start + 1]} * batch.num_chunks <= begin) ++start;
-    auto walker = tq4::SegmentWalker::make(batch, total, cta, shares, start, prefix[start]);
+    auto walker = tq4::test::start_walk(batch, total, cta, shares, start, prefix[start]);
     tq4::DecodeSegment segment;
-    while (walker.next(batch, segment)) {
+    while (tq4::test::next_segment(walker, batch, segment)) {
       CHECK(segment.num_keys == batch.seq_lens[segment.seq]);
       CHECK(segment.num_queries == batch.num_queries(segment.seq));
       CHECK(segment.query_begin == batch.query_begin(segment.seq));
