@@ -141,7 +141,7 @@ struct AttentionParams {
   const float* out_rotation;       // [D, D] row-major: out = O @ R; null = O stays rotated
   bool q_signs, out_signs;         // whether they are signs [D]; decode only
   const float* k_centroids;        // [16] fp32 (exact mode)
-  const int8_t* k_codes;           // [16] (INT8 mode)
+  const int8_t* k_codes;           // [16] (INT8 mode), in [-126, 126]; decode gives NaN for others
   float k_code_scale;              // centroid ~= code * k_code_scale
   const float* v_centroids;        // [16] fp32
   const float* sinks;              // [Hq] fp32 logits added to the denominator, or null

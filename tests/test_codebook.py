@@ -85,28 +85,30 @@ def scaled_error(values: tuple[float, ...], head_dim: int, top: float) -> float:
     """Relative rms error with the largest centroid at ``top`` steps, after least squares."""
     weights = codebook.cell_probabilities(values, head_dim)
     largest = max(map(abs, values))
-    codes = [max(-127, min(127, round(v / largest * top))) for v in values]
+    codes = [max(-126, min(126, round(v / largest * top))) for v in values]
     triples = list(zip(weights, values, codes, strict=True))
     scale = sum(w * v * k for w, v, k in triples) / sum(w * k * k for w, _, k in triples)
     error = sum(w * (v - scale * k) ** 2 for w, v, k in triples)
     return math.sqrt(error / sum(w * v * v for w, v, _ in triples))
 
 
+EXACT_WITH_127 = (-127, -109, -94, -76, -61, -43, -27, -9, 11, 26, 44, 60, 77, 92, 110, 127)
 CUSTOM = {
     "uniform": tuple((i - 7.5) / 40 for i in range(16)),
     "asymmetric": tuple(-0.2 + 0.03 * i + 0.0007 * i * i for i in range(16)),
     "positive": tuple(0.001 + 0.02 * i for i in range(16)),
     "large": tuple((i - 7.5) * 10.0 for i in range(16)),
+    "exact with 127": tuple(k / 1000 for k in EXACT_WITH_127),
 }
 
 
 @pytest.mark.parametrize("values", [codebook.centroids(128), *CUSTOM.values()], ids=["gaussian", *CUSTOM])
 def test_searched_scale_is_the_best(values):
     found = codebook.int8_codes(values, 128)
-    assert len(found.codes) == 16 and max(map(abs, found.codes)) <= 127
-    finer = min(scaled_error(values, 128, 64 + 63 * i / 4000) for i in range(4001))
+    assert len(found.codes) == 16 and max(map(abs, found.codes)) <= codebook.MAX_KEY_CODE == 126
+    finer = min(scaled_error(values, 128, 64 + 62 * i / 4000) for i in range(4001))
     assert found.relative_rms_error <= finer * 1.02
-    assert found.relative_rms_error <= scaled_error(values, 128, 127.0)
+    assert found.relative_rms_error <= scaled_error(values, 128, 126.0)
 
 
 def test_uniform_codebook_is_represented_exactly():

@@ -304,6 +304,8 @@ CONTENTS: list[tuple[str, str, Callable, type[Exception], str]] = [
     ("gather prefill decode", "seq_lens", ints(500, 5), ValueError, "got 500 for sequence 0"),
     ("gather prefill decode", "block_table", at((0, 1), 1000), ValueError, r"got 1000 at \[0, 1\]"),
     ("gather prefill decode", "block_table", at((1, 0), -1), ValueError, r"got -1 at \[1, 0\]"),
+    ("prefill decode", "k_codes", at((15,), 127), ValueError, r"codes -126 .. 126, got 127 at index 15"),
+    ("prefill decode", "k_codes", at((0,), -128), ValueError, "got -128 at index 0"),
     ("store", "slot_mapping", at((3,), 10**6), ValueError, "got 1000000 at index 3"),
     ("store", "slot_mapping", at((24,), -2), ValueError, "got -2 at index 24"),
     ("store", "slot_mapping", lambda x: x - x + 5, ValueError, "expected distinct slots, got slot 5 twice"),

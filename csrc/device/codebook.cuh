@@ -13,10 +13,10 @@ namespace tq4 {
 // The units are powers of two that bring the largest |centroid| into [0.5, 1): the fp16 tables then
 // keep full precision for any codebook, and the norm takes the unit.
 struct CodebookTables {
-  ByteTable k_codes;  // int8
+  ByteTable k_codes;        // int8
   ByteTable k_high, k_low;  // fp16(k centroid / k_unit) by bytes
   ByteTable v_high, v_low;  // fp16(v centroid / v_unit) by bytes
-  float k_unit, v_unit;  // value of one table unit: centroid = table * unit
+  float k_unit, v_unit;     // value of one table unit: centroid = table * unit
   float pad[2];
 };
 static_assert(sizeof(CodebookTables) == 96, "read as 16-byte vectors");

@@ -248,11 +248,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (has_row) {
     row.unpack(p.dtype);
     if (p.q_rotation != nullptr) row.rotate(signs);
-    const float largest =
+    const float unit =
         row.write(DecodeMode::kInt8Rows8, &shared.query[0][0][0], &shared.query[1][0][0], warp);
     if (lane == 0) {
-      shared.scale[warp] = score_scale<Steps>(
-          row_unit(DecodeMode::kInt8Rows8, largest) * unit_scale(p, plan), key_unit);
+      shared.scale[warp] = score_scale<Steps>(unit * unit_scale(p, plan), key_unit);
     }
   }
   copy_next();

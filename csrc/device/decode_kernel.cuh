@@ -64,7 +64,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
   const Pipeline pipeline{{p.cache, plan, shared, stages}};
   const DecodeBatch batch = decode_batch(p, plan);
   RingPosition ring{0, 0};
-  shared.queue_end = {0, 0};
+  if (lane == 0) shared.queue_end = {0, 0};  // read after next()'s barriers
 #pragma unroll 1
   while (true) {
     shared.share.next(batch);
@@ -269,7 +269,7 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
   RingPosition ring = reload(scratch.ring);
   ring.advance((segment.tile_end - segment.tile_begin) % (2 * plan.num_stages), plan.num_stages);
   __syncwarp();  // all lanes have read the old position
-  scratch.ring = ring;
+  if (threadIdx.x % kWarpSize == 0) scratch.ring = ring;
 }
 
 // What a consumer warp does before the consumers' barrier: its rows of the tables, its place.
@@ -292,7 +292,7 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
   } else {
     place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids[threadIdx.x % 16], warp, Config::kWarps);
   }
-  shared.warps[warp].place = place;  // written by all lanes alike
+  if (threadIdx.x % kWarpSize == 0) shared.warps[warp].place = place;
 }
 
 template <typename Config>
@@ -303,8 +303,10 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   WarpScratch& scratch = shared.warps[threadIdx.x / kWarpSize];
   const ConsumerPlace place = reload(scratch.place);
   if (place.team >= plan.teams) return ptx::wait_for_predecessor();
-  scratch.ring = {0, 0};
-  scratch.queue = {0, 0};
+  if (threadIdx.x % kWarpSize == 0) {  // read after pop()'s first barrier
+    scratch.ring = {0, 0};
+    scratch.queue = {0, 0};
+  }
 
   KeyCodes<Config> key_codes{};
   if constexpr (Config::kSplitKeys) {

@@ -17,7 +17,6 @@ namespace tq4 {
 struct CombineRow {
   bool exists;
   int surplus;  // query tokens of the sequence beyond max_query_len, reported by its last row
-  int seq;
   int64_t token;
   int head;
   int64_t unit;         // (sequence, chunk of KV heads)
@@ -32,7 +31,6 @@ __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const D
   if (seq >= p.num_seqs) return r;
   const uint32_t in_seq = static_cast<uint32_t>(row) - seq * plan.seq_divider.divisor;
   const int query = static_cast<int>(plan.query_divider.quotient(in_seq));
-  r.seq = seq;
   r.head = static_cast<int>(in_seq) - query * p.num_q_heads;
   const int num_queries = batch.num_queries(seq);
   r.exists = query < num_queries;
@@ -146,7 +144,7 @@ struct RowSum {
     const uint8_t* out = terms.out + uint64_t{cta} * terms.out_pitch;
     int left = (ctas.end - static_cast<int>(cta) + terms.parts() - 1) >> terms.log_parts;
 #pragma unroll 1
-    do {
+    for (; left > 0; left -= kBatch) {
       float2 stat = make_float2(kNoReference, 0.f);
       if (lane < kBatch && static_cast<int>(lane) < left) {
         stat = *reinterpret_cast<const float2*>(stats + uint64_t{lane} * terms.stats_step());
@@ -178,8 +176,7 @@ struct RowSum {
       }
       stats += kBatch * uint64_t{terms.stats_step()};
       out += kBatch * uint64_t{terms.out_step()};
-      left -= kBatch;
-    } while (left > 0);
+    }
   }
 
   __device__ __forceinline__ void scale(float factor) {

@@ -87,6 +87,11 @@ constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel 
 
 constexpr int kDecodeTableBytes = 256 * 128;  // pair table of one codebook (decode_table.cuh)
 constexpr int kDecodeMaxStages = 64;
+// Stages of the bulk pipeline take no more than this: six tiles of 8 KV heads and D = 128.  That is
+// enough to hide the latency, and at the start, when all SMs fill their stages at once, the first
+// look-ups of every CTA wait behind those copies: more bytes cost 1 to 6 % of a call.
+constexpr int kDecodeBytesAhead = 6 * 17408;
+constexpr int kBatchStages = 20;  // with so many stages, tiles are handled in batches
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3712;  // barriers and scratch
 constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
 // One sender's: its quads, then m and l of its rows, a word a lane.
@@ -117,8 +122,8 @@ struct DecodePlan {
   int32_t code_step, norm_step;  // bytes in a stage from a token of n-tile 0 to that of n-tile 1
   // From a token's K norm to its V norm, and to that of the token of n-tile 1.
   int32_t value_norms, value_norms_step;
-  int32_t group;                 // query heads of a KV head
-  int32_t max_rows;              // query rows of a KV head: group * max_query_len
+  int32_t group;     // query heads of a KV head
+  int32_t max_rows;  // query rows of a KV head: group * max_query_len
   DecodeMode mode;
   // CTAs that share a (sequence, KV head), at least (the launcher knows the device); 0: the three
   // kernels.
@@ -439,11 +444,17 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     if (plan.num_stages >= 3) break;
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
+  if (bulk) {  // but one stage a team to work on, and one to come
+    plan.num_stages = std::min(plan.num_stages,
+                               std::max(kDecodeBytesAhead / plan.copy.stage_bytes, 2 * plan.teams));
+  }
   // A stage always belongs to the same team: one that sees only every other filling of it could
   // take an old one for its own, as both end a phase of the same parity.
   if (plan.teams > 0) plan.num_stages -= plan.num_stages % plan.teams;
-  // Few KV heads: many small stages, filled by a copy each.
-  plan.bulk_batch = plan.copy.num_pieces() == 1 && plan.num_stages >= 32 ? plan.num_stages / 8 : 1;
+  // Few KV heads: many small stages, filled by a copy each.  A batch waits for its last stage, so
+  // it is a small part of them.
+  plan.bulk_batch =
+      plan.copy.num_pieces() == 1 && plan.num_stages >= kBatchStages ? plan.num_stages / 6 : 1;
   plan.whole_tiles = plan.bulk_batch == 1 && plan.copy.num_pieces() == 1;
   return plan.num_stages >= 2;
 }
@@ -486,6 +497,14 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   require(
       view.head_dim == 64 || view.head_dim == 96 || view.head_dim == 128 || view.head_dim == 256,
       "head_dim: expected 64, 96, 128 or 256, got " + std::to_string(view.head_dim));
+  const auto require_rotation = [&](const float* rotation, bool signs, const char* name) {
+    require(rotation == nullptr || !signs || is_power_of_two(view.head_dim),
+            std::string(name) +
+                ": expected a matrix: there is no Hadamard rotation of this head_dim, got " +
+                std::to_string(view.head_dim) + " signs");
+  };
+  require_rotation(p.q_rotation, p.q_signs, "q_rotation");
+  require_rotation(p.out_rotation, p.out_signs, "out_rotation");
   require(view.block_size > 0 && view.block_size % kTileTokens == 0,
           "block_size: expected a multiple of 16, got " + std::to_string(view.block_size));
   require(view.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % view.num_kv_heads == 0,

@@ -47,11 +47,10 @@ __global__ void __launch_bounds__(kPrepareRows* kWarpSize, 2)
     if (exists) {
       row.unpack(p.dtype);
       if (p.q_rotation != nullptr) row.rotate(signs);
-      const float largest = row.write(plan.mode, workspace + plan.query_codes,
-                                      workspace + plan.query_residual, index);
+      const float unit = row.write(plan.mode, workspace + plan.query_codes,
+                                   workspace + plan.query_residual, index);
       if (threadIdx.x % kWarpSize == 0) {
-        reinterpret_cast<float*>(workspace + plan.query_scale)[index] =
-            row_unit(plan.mode, largest) * scale;
+        reinterpret_cast<float*>(workspace + plan.query_scale)[index] = unit * scale;
       }
     }
     row = next;

@@ -62,7 +62,9 @@ __device__ __forceinline__ void write_query(DecodeMode mode, uint8_t* codes, uin
 
 // Log2 units of a score, or units of the soft cap, of one unit of q . k.
 __device__ __forceinline__ float unit_scale(const AttentionParams& p, const DecodePlan& plan) {
-  return p.sm_scale * (p.softcap != 0.f ? 1.f / p.softcap : 1.4426950408889634f) *
+  // Both are computed: the reciprocal of zero would take a slow path.
+  const float reciprocal = 1.f / (p.softcap != 0.f ? p.softcap : 1.f);
+  return p.sm_scale * (p.softcap != 0.f ? reciprocal : 1.4426950408889634f) *
          (has_given_codes(plan.mode) ? p.k_code_scale : 1.f);
 }
 
@@ -169,16 +171,52 @@ struct QueryRow {
     return __uint_as_float(__reduce_max_sync(kFullWarp, most));
   }
 
-  // To row `row` of the two arrays; returns the largest magnitude.
+  // To row `row` of the two arrays; returns the value of one unit of its codes.
   __device__ __forceinline__ float write(DecodeMode mode, uint8_t* codes, uint8_t* residuals,
                                          int64_t row) const {
     const float most = largest();
+    const int64_t at = row * D + threadIdx.x % kWarpSize * kDims;
+    if (has_int8_query(mode)) return write_int8(mode, codes + at, residuals + at, most);
 #pragma unroll
     for (int i = 0; i < kDims; i += 2) {
-      write_query(mode, codes, residuals, row * D + threadIdx.x % kWarpSize * kDims + i, most, x[i],
-                  x[i + 1]);
+      write_query(mode, codes, residuals, at + i, most, x[i], x[i + 1]);
     }
-    return most;
+    return row_unit(mode, most);
+  }
+
+ private:
+  // What write_query and row_unit do, with one division a row and no conversions: adding 3 * 2^22
+  // leaves a rounded number in the low byte.
+  __device__ __forceinline__ float write_int8(DecodeMode mode, uint8_t* codes, uint8_t* residuals,
+                                              float most) const {
+    constexpr float kBias = 12582912.f, kMostLeft = 127.f / 256.f;
+    const float unit = query_unit(most), inverse = query_inverse(most, unit);
+    uint32_t code[kDims], rest[kDims];
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) {
+      const float quotient = query_quotient(x[i], unit, inverse);
+      const float rounded = quotient + kBias;
+      const float left = fminf(fmaxf(quotient - (rounded - kBias), -kMostLeft), kMostLeft);
+      code[i] = __float_as_uint(rounded);
+      rest[i] = __float_as_uint(fmaf(left, 256.f, kBias));
+    }
+    store_low_bytes(codes, code);
+    if (decode_octets(mode) == 1) store_low_bytes(residuals, rest);
+    return fmaf(unit, 0.f, unit);  // infinity has no codes: NaN
+  }
+
+  // Bytes in the order of swapped_dim.
+  __device__ __forceinline__ static void store_low_bytes(uint8_t* to,
+                                                         const uint32_t (&words)[kDims]) {
+    const auto pair = [&](int i) { return ptx::prmt(words[i + 1], words[i], 0x0040); };
+    if constexpr (kDims == 2) {
+      *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pair(0));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kDims; i += 4) {
+        *reinterpret_cast<uint32_t*>(to + i) = ptx::prmt(pair(i), pair(i + 2), 0x5410);
+      }
+    }
   }
 };
 

@@ -26,8 +26,8 @@ struct TileRange {
   int begin, end;
 };
 
-// Tiles that at least one of the sequence's query tokens can see.  The last of them sees the last key
-// whatever the window to the right.
+// Tiles that at least one of the sequence's query tokens can see.  The last of them sees the last
+// key whatever the window to the right.
 TQ4_HOST_DEVICE TileRange visible_tiles(int num_keys, int num_queries, int window_left) {
   if (num_keys <= 0 || num_queries <= 0) return {0, 0};
   const int first_key = num_keys - num_queries - window_or_max(window_left);
@@ -118,20 +118,6 @@ struct SegmentWalker {
   int32_t end;       // of the share
   int32_t seq, chunk;
 
-  // `start_seq` is the sequence whose positions hold the first of the share, `start_prefix` the sum
-  // of unit_cost over the sequences before it.
-  TQ4_HOST_DEVICE static SegmentWalker make(const DecodeBatch& batch, int64_t total, int cta,
-                                            const DecodeShares& shares, int start_seq,
-                                            int start_prefix) {
-    const DecodeShare share = share_of(total, cta, shares);
-    SegmentWalker walker;
-    walker.end = share.length;
-    walker.seq = start_seq;
-    const int cost = start_seq < batch.num_seqs ? batch.unit_cost(batch.tiles(start_seq)) : 0;
-    walker.enter(cost, start_prefix + cost, share.begin, batch.num_chunks);
-    return walker;
-  }
-
   // Stands the walker before the first unit of the share: its sequence costs `cost`, and with all
   // before it `sum`, for each chunk.
   TQ4_HOST_DEVICE void enter(int cost, int sum, int64_t begin, int num_chunks) {
@@ -168,17 +154,6 @@ struct SegmentWalker {
       ++seq;
     }
     return segment.tile_begin < segment.tile_end;
-  }
-
-  // False when the share is done.
-  TQ4_HOST_DEVICE bool next(const DecodeBatch& batch, DecodeSegment& segment) {
-    while (!is_done(batch)) {
-      if (take(batch, batch.tiles(seq), segment)) {
-        segment.describe(batch);
-        return true;
-      }
-    }
-    return false;
   }
 };
 

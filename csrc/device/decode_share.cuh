@@ -93,8 +93,10 @@ struct alignas(16) ShareWalk {
       range = load(batch, window + lane);
       tiles[lane] = range;
     }
-    walker = start;  // by all lanes alike
-    first = window;
+    if (lane == 0) {  // seen by the others after the next barrier of the warp, next()'s
+      walker = start;
+      first = window;
+    }
   }
 
   // Finds the next segment, but for what SegmentWalker::take leaves open.
@@ -102,27 +104,27 @@ struct alignas(16) ShareWalk {
     const int lane = threadIdx.x % kWarpSize;
     __syncwarp();  // all lanes are done with the last segment
     SegmentWalker at = reload(walker);
-    DecodeSegment found{};
-    segment = found;  // by all lanes alike, as all below
+    DecodeSegment found{};  // of a unit without tiles in the share it has none either
 #pragma unroll 1
     while (!at.is_done(batch)) {
       const int window = reload(first);
       if (at.seq - window == kWarpSize) {
         __syncwarp();  // all lanes have read the old sequence
         tiles[lane] = load(batch, at.seq + lane);
-        first = at.seq;
+        if (lane == 0) first = at.seq;
         __syncwarp();
         continue;
       }
       const TileRange own = reload(tiles[lane]);
       const TileRange range = {__shfl_sync(kFullWarp, own.begin, at.seq - window),
                                __shfl_sync(kFullWarp, own.end, at.seq - window)};
-      const bool takes = at.take(batch, range, found);
-      segment = found;
-      if (takes) break;
+      if (at.take(batch, range, found)) break;
     }
     __syncwarp();  // all lanes have read the old position
-    walker = at;
+    if (lane == 0) {
+      segment = found;
+      walker = at;
+    }
     __syncwarp();
   }
 

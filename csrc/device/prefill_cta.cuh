@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_cta_info(const AttentionParams& p, const C
       min(info.num_keys, pos_first + min(window_or_max(p.window_right), kMaxWindow - 1) + 1));
 }
 
-// Row scales (score_scale) and maxima before the first key.
+// Row scales (score_scale) and maxima before the first key; visible to the warp.
 template <typename Config>
 __device__ __forceinline__ void start_softmax(uint32_t smem,
                                               const float (&scale)[2 * Config::kMTiles],
@@ -93,6 +93,7 @@ __device__ __forceinline__ void start_softmax(uint32_t smem,
                         __float_as_uint(kMinusHuge));
     }
   }
+  __syncwarp();  // all lanes of a row read what one has written
   for (float& l : state.l) l = 0.f;
 }
 

@@ -68,8 +68,8 @@ __device__ __forceinline__ void copy_part(uint32_t dst, const uint8_t* src) {
 // the matrix that rotates the output follow the last tile, as if they were tiles.
 //
 // Two mbarriers a buffer instead of a barrier a tile: `full` ends a phase when every thread's part
-// of a copy has landed, `empty` when every warp is done with a tile.  Warps may then be half a tile
-// apart, and the two of a scheduler in different parts of a step.
+// of a copy has landed, `empty` when every thread is done with a tile.  Warps may then be half a
+// tile apart, and the two of a scheduler in different parts of a step.
 template <typename Config>
 struct ImageRing {
   uint32_t smem;
@@ -83,7 +83,7 @@ struct ImageRing {
 #pragma unroll
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(smem + kFull + 8 * i, Config::kThreads);
-      ptx::mbarrier_init(smem + kEmpty + 8 * i, Config::kWarps);
+      ptx::mbarrier_init(smem + kEmpty + 8 * i, Config::kThreads);
     }
   }
 
@@ -116,12 +116,10 @@ struct ImageRing {
     ptx::mbarrier_wait(smem + kFull + 8 * (tile % Config::kStages), tile / Config::kStages & 1);
   }
 
-  // By whole warps.
+  // Each thread for what it has read: an arrival releases the arriving thread's accesses, others'
+  // only by way of one more barrier, which racecheck does not follow.
   __device__ __forceinline__ void release(int tile) const {
-    __syncwarp();  // the whole warp has read the tile
-    if (ptx::thread_idx_volatile() % 32 == 0) {
-      ptx::mbarrier_arrive(smem + kEmpty + 8 * (tile % Config::kStages));
-    }
+    ptx::mbarrier_arrive(smem + kEmpty + 8 * (tile % Config::kStages));
   }
 };
 

@@ -242,6 +242,7 @@ __device__ __forceinline__ void move_maxima(uint32_t smem, const Scores<Config>&
     moved |= fmaf(top[i], rows.row[i].scale, -rows.row[i].m) > kLazyRescale;
   }
   if (!__any_sync(0xffffffffu, moved)) return;
+  __syncwarp();  // a vote orders no memory: all lanes have read the maxima that are now replaced
 #pragma unroll
   for (int i = 0; i < 2 * Config::kMTiles; ++i) {
     top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 1));

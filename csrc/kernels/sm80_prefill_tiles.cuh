@@ -85,7 +85,6 @@ __global__ void __launch_bounds__(256, 1)
   load_fragments<Config>(p, queries, work, q);
   SoftmaxState<Config> state;
   start_softmax<Config>(smem, q.scale, state);
-  __syncwarp();  // all lanes of a row read what one has written
   float o[Config::kMTiles][D / 8][4] = {};
 
   // One loop over steps, not one over tiles and one inside: the steps lie one after the other in

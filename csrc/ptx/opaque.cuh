@@ -1,5 +1,5 @@
-// Hides where a value comes from, so that the compiler keeps it in a register instead of folding its
-// computation into every use.
+// Hides where a value comes from, so that the compiler keeps it in a register instead of folding
+// its computation into every use.
 #pragma once
 #include <cstdint>
 

@@ -5,8 +5,8 @@ raises a TypeError (wrong dtype) or a ValueError (anything else) that names the 
 and what came.
 
 The checks look at metadata only (dtype, shape, strides, device): no tensor operation, no synchronisation, a
-few microseconds.  Contents (block_table, slot_mapping, lengths, signs) are checked as well where that is
-free, on CPU tensors, and on CUDA tensors with ``TQ4_DEBUG=1``, which synchronises.
+few microseconds.  Contents (block_table, slot_mapping, lengths, signs, key codes) are checked as well where
+that is free, on CPU tensors, and on CUDA tensors with ``TQ4_DEBUG=1``, which synchronises.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from . import dispatch
+from .codebook import MAX_KEY_CODE
 from .layout import ALIGNMENT, HEAD_DIMS, NUM_BOUNDARIES, NUM_CENTROIDS, PageView, page_view
 from .rotation import has_hadamard
 
@@ -229,8 +230,8 @@ def check_attention(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, stride, device or number, or (CPU or TQ4_DEBUG=1) sign, block, length
-            or start.
+        ValueError: a wrong shape, stride, device or number, or (CPU or TQ4_DEBUG=1) sign, key code, block,
+            length or start.  A key code beyond 126 that goes unchecked gives NaN in CUDA decode.
     """
     tokens, heads, dim = _vectors("q", q, _QUERY_DTYPES)
     if num_kv_heads < 1:
@@ -296,6 +297,7 @@ def check_attention(
     if _contents(q.device):
         _signs("q_rotation", q_rotation)
         _signs("out_rotation", out_rotation)
+        _key_codes("k_codes", k_codes)
         _lengths(block_table, seq_lens, view)
         if query_start_loc is not None:
             starts = query_start_loc.tolist()
@@ -493,6 +495,14 @@ def _signs(name: str, rotation: torch.Tensor | None) -> None:
     if bad.shape[0]:
         index = int(bad[0, 0])
         raise ValueError(f"{name}: expected signs +1 or -1, got {float(rotation[index])} at index {index}")
+
+
+def _key_codes(name: str, codes: torch.Tensor) -> None:
+    for index, code in enumerate(codes.tolist()):
+        if abs(code) > MAX_KEY_CODE:
+            raise ValueError(
+                f"{name}: expected codes -{MAX_KEY_CODE} .. {MAX_KEY_CODE}, got {code} at index {index}"
+            )
 
 
 def _monotonic(name: str, starts: list[int], limit: int, of: str) -> None:

@@ -22,8 +22,10 @@ from .layout import NUM_CENTROIDS
 GAUSSIAN_MIN_DIM = 64
 #: Number of trial scales of :func:`int8_codes`.
 NUM_SCALE_CANDIDATES = 1000
+#: Largest magnitude of an int8 code of a key centroid: the decode kernels split their table of codes in two
+#: halves, and one more must still fit in a byte.
+MAX_KEY_CODE = 126
 
-_MAX_CODE = 127
 _MAX_ITERATIONS = 100_000
 _QUADRATURE_ORDER = 48
 
@@ -33,7 +35,7 @@ class Int8Codes:
     """int8 codes of a codebook: ``centroids[i] ~= codes[i] * scale``.
 
     Attributes:
-        codes: 16 integers in [-127, 127].
+        codes: 16 integers in [-126, 126] (:data:`MAX_KEY_CODE`).
         scale: step between neighbouring codes, in units of the centroids.
         relative_rms_error: rms of ``centroid - code * scale`` over rms of the centroids, both under the
             probabilities of the cells.
@@ -200,9 +202,9 @@ def int8_codes(values: tuple[float, ...], head_dim: int) -> Int8Codes:
     energy = sum(w * v * v for w, v in zip(weights, values, strict=True))
     best: Int8Codes | None = None
     for i in range(NUM_SCALE_CANDIDATES):
-        # Trial: the largest centroid becomes 64 .. 127 steps (fewer steps cannot be finer).
-        top = 64.0 + (_MAX_CODE - 64.0) * i / (NUM_SCALE_CANDIDATES - 1)
-        codes = tuple(max(-_MAX_CODE, min(_MAX_CODE, round(v / largest * top))) for v in values)
+        # Trial: the largest centroid becomes 64 .. 126 steps (fewer steps cannot be finer).
+        top = 64.0 + (MAX_KEY_CODE - 64.0) * i / (NUM_SCALE_CANDIDATES - 1)
+        codes = tuple(max(-MAX_KEY_CODE, min(MAX_KEY_CODE, round(v / largest * top))) for v in values)
         square = sum(w * k * k for w, k in zip(weights, codes, strict=True))
         if square == 0.0:
             continue

@@ -39,7 +39,8 @@ class Quantizer:
             it was given; None of any other.  The ops take them in place of the matrix (:mod:`tq4.rotation`).
         k_centroids, v_centroids: fp32 ``[16]``.
         k_boundaries, v_boundaries: fp32 ``[15]``, midpoints of the centroids.
-        k_codes: int8 ``[16]``; ``k_centroids ~= k_codes * k_code_scale``.
+        k_codes: int8 ``[16]``, in [-126, 126] (:data:`tq4.codebook.MAX_KEY_CODE`); ``k_centroids ~= k_codes
+            * k_code_scale``.
         k_code_scale: float.
 
     The tensors are shared with the ops' callers and never to be written.

@@ -16,6 +16,7 @@
 #include "device/wgmma_image.cuh"
 #include "kernels/head_dim.h"
 #include "layout.h"
+#include "segment_walk.h"
 
 namespace py = pybind11;
 
@@ -173,9 +174,9 @@ std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_
     const int64_t begin = tq4::share_of(total, cta, shares).begin;
     int seq = 0;
     while (seq + 1 < batch.num_seqs && int64_t{prefix[seq + 1]} * num_chunks <= begin) ++seq;
-    auto walker = tq4::SegmentWalker::make(batch, total, cta, shares, seq, prefix[seq]);
+    auto walker = tq4::test::start_walk(batch, total, cta, shares, seq, prefix[seq]);
     tq4::DecodeSegment segment;
-    while (walker.next(batch, segment)) {
+    while (tq4::test::next_segment(walker, batch, segment)) {
       segments.push_back({cta, segment.seq, segment.chunk, segment.tile_begin, segment.tile_end});
     }
   }

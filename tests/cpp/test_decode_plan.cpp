@@ -1,14 +1,17 @@
 // csrc/device/decode_{map,plan,schedule}.h: maps are bijections, copied tiles hold what the page
 // held, and the shares of a fixed grid cover every visible tile exactly once.
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <set>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
 #include "device/decode_plan.h"
 #include "layout.h"
+#include "segment_walk.h"
 
 namespace {
 
@@ -97,8 +100,18 @@ void check_clusters(tq4::AttentionParams p, bool has_bulk) {
   CHECK(clusters() == fits);
   p.q_rotation = p.out_rotation = signs;
   CHECK(!clusters());  // matrices
-  p.q_signs = p.out_signs = true;
-  CHECK(clusters() == (fits && head_dim != 96));
+  for (bool* const signs_of : {&p.q_signs, &p.out_signs}) {
+    *signs_of = true;
+    bool refused = false;
+    try {
+      tq4::make_decode_plan(p, has_bulk);
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    CHECK(refused == (head_dim == 96));  // no Hadamard rotation
+  }
+  if (head_dim == 96) return;
+  CHECK(clusters() == fits);
   if (fits) CHECK(tq4::make_decode_plan(p, has_bulk).workspace_bytes == 0);
   p.max_blocks += 1;
   CHECK(!clusters());
@@ -133,6 +146,21 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   CHECK(plan.teams >= 1 && plan.slots * plan.teams <= plan.warps);
   CHECK(plan.num_stages >= 2 && plan.smem_bytes <= tq4::decode_smem_limit(arch));
   CHECK(plan.num_stages % plan.teams == 0);  // a stage belongs to one team
+  CHECK(plan.num_stages <= tq4::kDecodeMaxStages);
+  CHECK(plan.smem_bytes == plan.stage_offset + plan.num_stages * plan.copy.stage_bytes);
+  const int room = (tq4::decode_smem_limit(arch) - plan.stage_offset) / plan.copy.stage_bytes;
+  if (plan.bulk) {  // no more bytes ahead than do any good, but two stages a team
+    const int wanted = tq4::kDecodeBytesAhead / plan.copy.stage_bytes;
+    CHECK(plan.num_stages <= std::max(wanted, 2 * plan.teams));
+    CHECK(plan.num_stages >= std::min(2 * plan.teams, room - room % plan.teams));
+    CHECK(plan.num_stages + plan.teams >
+          std::min({room, tq4::kDecodeMaxStages, std::max(wanted, 2 * plan.teams)}));
+    // In a batch each lane's position is at most twice around (RingPosition::advance).
+    CHECK(plan.bulk_batch >= 1 && 4 * plan.bulk_batch <= std::max(plan.num_stages, 4));
+    CHECK(plan.bulk_batch == 1 || plan.num_stages >= tq4::kWarpSize / 2);
+  } else {
+    CHECK(plan.num_stages + plan.teams > std::min(room, tq4::kDecodeMaxStages));
+  }
   CHECK(plan.tiles_per_block * tq4::kTileTokens == view.block_size);
   const int64_t offsets[] = {plan.query_codes,    plan.query_residual, plan.query_scale,
                              plan.dense_rotation, plan.unit_ctas,      plan.partial_stats,
@@ -149,6 +177,29 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   for (int i = 0; i < 16; ++i) seen |= 1 << plan.token_map.token(i / 8, i % 8);
   CHECK(seen == 0xffff);
   check_copy(view, page_bytes, plan, random);
+}
+
+// Stages and batches of some models.
+void check_stages() {
+  struct Model {
+    int head_dim, kv_heads, num_stages, bulk_batch;
+  };
+  for (const Model& m : {Model{128, 1, 48, 8}, Model{128, 2, 24, 4}, Model{128, 4, 12, 1},
+                         Model{128, 8, 6, 1}, Model{128, 16, 3, 1}, Model{64, 8, 10, 1}}) {
+    const int64_t row = tq4::token_bytes(m.kv_heads, m.head_dim);
+    tq4::AttentionParams p{};
+    p.cache =
+        tq4::token_major_view(nullptr, 4, m.kv_heads, tq4::kTileTokens, m.head_dim, 16 * row, row);
+    p.num_q_heads = 4 * m.kv_heads;
+    p.num_seqs = p.num_tokens = p.max_query_len = 1;
+    p.int8 = true;
+    p.arch = 90;
+    p.num_sms = 132;
+    p.max_blocks = 1 << 16;
+    const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
+    CHECK(plan.num_stages == m.num_stages && plan.bulk_batch == m.bulk_batch);
+    CHECK(plan.ring_bytes <= tq4::kDecodeBytesAhead);
+  }
 }
 
 void check_plans() {
@@ -206,9 +257,9 @@ void check_schedule(Batch* owner, const tq4::DecodeShares& shares) {
           (cta + 1 < grid ? tq4::share_of(total, cta + 1, shares).begin : total));
     int start = 0;
     while (start + 1 < num_seqs && int64_t{prefix[start + 1]} * batch.num_chunks <= begin) ++start;
-    auto walker = tq4::SegmentWalker::make(batch, total, cta, shares, start, prefix[start]);
+    auto walker = tq4::test::start_walk(batch, total, cta, shares, start, prefix[start]);
     tq4::DecodeSegment segment;
-    while (walker.next(batch, segment)) {
+    while (tq4::test::next_segment(walker, batch, segment)) {
       CHECK(segment.num_keys == batch.seq_lens[segment.seq]);
       CHECK(segment.num_queries == batch.num_queries(segment.seq));
       CHECK(segment.query_begin == batch.query_begin(segment.seq));
@@ -328,6 +379,7 @@ int main() {
   check_decode_map<128>();
   check_decode_map<256>();
   check_plans();
+  check_stages();
   check_visible_tiles();
   check_schedules();
   check_long_shares();

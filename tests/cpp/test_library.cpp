@@ -94,6 +94,12 @@ int main() {
   CHECK(contains(refusal([&] { tq4::launch_prefill(p, nullptr); }), "head_dim"));
   CHECK(contains(refusal([&] { tq4::launch_decode(p, nullptr); }), "head_dim"));
 
+  p.cache.head_dim = 96;
+  const float signs[96] = {};
+  p.out_rotation = signs;
+  p.out_signs = true;
+  CHECK(contains(refusal([&] { tq4::launch_decode(p, nullptr); }), "out_rotation"));
+
   // Nothing to do is no error.
   p = decode_problem();
   p.num_seqs = p.num_tokens = 0;

@@ -24,7 +24,8 @@ class Attention:
         query_start_loc: int32 ``[B + 1]``; None in decode: one token a sequence.
         q_rotation, out_rotation: fp32 ``[D, D]``, or the signs ``[D]`` of a Hadamard rotation, or None.
         k_centroids, v_centroids: fp32 ``[16]``.
-        k_codes, k_code_scale: int8 ``[16]`` and its scale, for INT8 scores.
+        k_codes, k_code_scale: int8 ``[16]`` and its scale, for INT8 scores.  Codes are in [-126, 126], as the
+            tables of the CUDA decode kernels hold no larger ones: from those it makes NaN.
         lse: fp32 ``[Hq, T]`` or None.
         sinks: fp32 ``[Hq]`` or None.
         num_kv_heads: Hkv.

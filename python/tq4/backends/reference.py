@@ -365,7 +365,7 @@ def attention(
                     scores = (queries @ keys[:, :, None].transpose(-1, -2)) * scale
                 else:
                     codes, steps = quantise_queries(queries)
-                    # |q8 . k8| <= 127 * 127 * 256 < 2^24: exact in fp32 (and in TF32 with fp32 accumulation).
+                    # |q8 . k8| <= 127 * 126 * 256 < 2^24: exact in fp32 (and in TF32 with fp32 accumulation).
                     dots = codes @ keys[:, :, None].transpose(-1, -2)
                     scores = dots * (steps * (int8[1] * scale))[..., None] * k_norms[:, :, None, None]
                 # [4] mask
