@@ -65,6 +65,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
   const DecodeBatch batch = decode_batch(p, plan);
   RingPosition ring{0, 0};
   if (lane == 0) shared.queue_end = {0, 0};  // read after next()'s barriers
+  bool started = false;  // a segment is under way
 #pragma unroll 1
   while (true) {
     shared.share.next(batch);
@@ -77,30 +78,41 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
     };
     int first = reload(segment.tile_begin);
     int next_page = load_page(first + lane);
-    shared.queue.push(batch, shared.share.segment, shared.queue_end);
-    if (first == reload(segment.tile_end)) break;  // which tells the consumers
+    // The consumers are told of the segment, which takes its look-ups in memory, before its first
+    // copy: they may have to free the stage for it.  But the CTA's first tiles go ahead of that.
+    bool told = false;
 #pragma unroll 1
-    for (; first < reload(segment.tile_end); first += kWarpSize) {
+    while (true) {
+      if (!told && (started || first != reload(segment.tile_begin) ||
+                    first == reload(segment.tile_end))) {
+        shared.queue.push(batch, shared.share.segment, shared.queue_end);
+        told = true;
+      }
+      if (first == reload(segment.tile_end)) break;
+      const int most = told ? kWarpSize : min(kWarpSize, plan.num_stages);
+      const int count = min(most, reload(segment.tile_end) - first);
       const int page = next_page;
-      next_page = load_page(first + kWarpSize + lane);
-      const int count = min(kWarpSize, reload(segment.tile_end) - first);
+      next_page = load_page(first + count + lane);
       const int chunk = reload(segment.chunk);
       if (Pipeline::copies_whole_tiles(plan)) {
         const int tile = first + lane;
         const int block = static_cast<int>(plan.block_divider.quotient(tile));
         pipeline.copy_tiles(page, tile - block * plan.tiles_per_block, chunk, count, ring);
-        continue;
-      }
+      } else {
 #pragma unroll 1
-      for (int i = 0; i < count; i += pipeline.batch()) {
-        const int mine = i + pipeline.lane_tile();  // the lane's tile of this step
-        const int its_page = __shfl_sync(kFullWarp, page, mine % kWarpSize);
-        const int block = static_cast<int>(plan.block_divider.quotient(first + mine));
-        pipeline.copy(mine < min(count, i + pipeline.batch()), its_page,
-                      first + mine - block * plan.tiles_per_block, chunk, ring);
-        ring.advance(min(pipeline.batch(), count - i), plan.num_stages);
+        for (int i = 0; i < count; i += pipeline.batch()) {
+          const int mine = i + pipeline.lane_tile();  // the lane's tile of this step
+          const int its_page = __shfl_sync(kFullWarp, page, mine % kWarpSize);
+          const int block = static_cast<int>(plan.block_divider.quotient(first + mine));
+          pipeline.copy(mine < min(count, i + pipeline.batch()), its_page,
+                        first + mine - block * plan.tiles_per_block, chunk, ring);
+          ring.advance(min(pipeline.batch(), count - i), plan.num_stages);
+        }
       }
+      first += count;
     }
+    if (reload(segment.tile_begin) == reload(segment.tile_end)) break;  // no more
+    started = true;
   }
 }
 

@@ -3,7 +3,7 @@
 //
 // Teams merge pairwise in rounds: in a round of `half`, team half + i sends to team i.  The order
 // is fixed, so results repeat bit for bit.  A sender's accumulators pass through shared memory
-// kMergeQuads quads at a time; a quad is 16 bytes a lane, consecutive lanes side by side: no
+// merge_quads() quads at a time; a quad is 16 bytes a lane, consecutive lanes side by side: no
 // conflicts.
 #pragma once
 #include <cstdint>
@@ -32,22 +32,22 @@ template <typename Config>
 __device__ __forceinline__ void merge_round(const TeamPlace& place, int half,
                                             DecodeState<Config>& state) {
   constexpr int kQuads = Config::Map::kValueTiles * Config::kOctets;
-  static_assert(kQuads % kMergeQuads == 0 || Config::D == 96, "whole passes, but for D = 96");
+  constexpr int kPass = merge_quads(Config::kBulk) < kQuads ? merge_quads(Config::kBulk) : kQuads;
   const uint32_t lane = threadIdx.x % kWarpSize;
   const bool sends = place.team >= half && place.team < 2 * half;
   const bool receives = place.team < half && place.team + half < place.teams;
   const int sender = (sends ? place.team - half : place.team) * place.slots + place.slot;
-  const uint32_t area = place.exchange + sender * merge_area_bytes(Config::kOctets);
-  const uint32_t stats = area + kMergeQuads * 16 * kWarpSize + 4 * lane;
+  const uint32_t area = place.exchange + sender * merge_area_bytes(Config::kBulk, Config::kOctets);
+  const uint32_t stats = area + kPass * 16 * kWarpSize + 4 * lane;
 
   float own_factor[2 * Config::kOctets],
       other_factor[2 * Config::kOctets];  // of columns 2 t, 2 t + 1
 #pragma unroll
-  for (int begin = 0; begin < kQuads; begin += kMergeQuads) {
+  for (int begin = 0; begin < kQuads; begin += kPass) {
     place.sync();  // the area is free: its last readers are past it
     if (sends) {
 #pragma unroll
-      for (int q = begin; q < begin + kMergeQuads && q < kQuads; ++q) {
+      for (int q = begin; q < begin + kPass && q < kQuads; ++q) {
         const float (&quad)[4] = state.o[q / Config::kOctets][q % Config::kOctets];
         ptx::st_shared_v4(area + ((q - begin) * kWarpSize + lane) * 16, __float_as_uint(quad[0]),
                           __float_as_uint(quad[1]), __float_as_uint(quad[2]),
@@ -82,7 +82,7 @@ __device__ __forceinline__ void merge_round(const TeamPlace& place, int half,
         }
       }
 #pragma unroll
-      for (int q = begin; q < begin + kMergeQuads && q < kQuads; ++q) {
+      for (int q = begin; q < begin + kPass && q < kQuads; ++q) {
         const int i = q % Config::kOctets;
         float (&quad)[4] = state.o[q / Config::kOctets][i];
         const float4 other = ptx::ld_shared_v4f(area + ((q - begin) * kWarpSize + lane) * 16);

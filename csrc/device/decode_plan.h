@@ -71,7 +71,7 @@ constexpr int kLargestCluster = 16;  // where there is room
 constexpr int kClusterWarps = 16, kClusterStages = 3;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
-constexpr int64_t kClusterMostKeys = 4096;
+constexpr int64_t kClusterMostKeys = 16384;
 // A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes norms
 // from rows in boxes of 16 bytes, those of 4 heads.
 constexpr int kNormBoxBytes = 16;
@@ -93,10 +93,12 @@ constexpr int kDecodeMaxStages = 64;
 constexpr int kDecodeBytesAhead = 6 * 17408;
 constexpr int kBatchStages = 20;  // with so many stages, tiles are handled in batches
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3712;  // barriers and scratch
-constexpr int kMergeQuads = 4;  // accumulator quads a lane exchanges at once (decode_merge.cuh)
+// Accumulator quads a lane exchanges at once (decode_merge.cuh): two barriers each time.  Bulk copies
+// leave shared memory for more.
+constexpr int merge_quads(bool bulk) { return bulk ? 8 : 4; }
 // One sender's: its quads, then m and l of its rows, a word a lane.
-TQ4_HOST_DEVICE constexpr int merge_area_bytes(int octets) {
-  return (kMergeQuads * 16 + 2 * octets * 4) * kWarpSize;
+TQ4_HOST_DEVICE constexpr int merge_area_bytes(bool bulk, int octets) {
+  return (merge_quads(bulk) * 16 + 2 * octets * 4) * kWarpSize;
 }
 
 // Where the shared memory of the main kernel goes: tables, barriers and scratch, merge exchange,
@@ -438,7 +440,7 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     while (2 * half < plan.teams) half *= 2;
     const int senders = plan.teams > 1 ? std::max(plan.teams - half, half / 2) * plan.slots : 0;
     plan.stage_offset =
-        decode_merge_offset(plan.mode) + round_up(senders * merge_area_bytes(octets), 128);
+        decode_merge_offset(plan.mode) + round_up(senders * merge_area_bytes(bulk, octets), 128);
     plan.num_stages =
         std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
     if (plan.num_stages >= 3) break;
