@@ -300,7 +300,7 @@ __device__ __forceinline__ void issue_products(WgmmaAccumulators<C>& acc, const 
 
 // ---- The kernel.
 
-template <class C>
+template <class C, bool kCopyFirst = true>
 __global__ void __launch_bounds__(C::kThreads, 1)
     encode_wgmma_kernel(const __grid_constant__ EncodeParams p) {
   if (touch_line(p)) return;
@@ -387,12 +387,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     // [4/6] Rotate.  Before, the tile after the next into this one's place: a warp stands still
     // while it issues its products.
     advance(cursor, stride, p.heads.divisor);
-    copy_rows<C>(copy_place, cursor, num_rows, policy);
-    ptx::cp_async_commit();
-    read_place += turn, copy_place += turn, turn = -turn;
+    if constexpr (kCopyFirst) {
+      copy_rows<C>(copy_place, cursor, num_rows, policy);
+      ptx::cp_async_commit();
+      read_place += turn, copy_place += turn, turn = -turn;
+    }
     WgmmaAccumulators<C> acc;
     ptx::wgmma_fence();
     issue_products<C>(acc, rows, matrix);
+    if constexpr (!kCopyFirst) {
+      copy_rows<C>(copy_place, cursor, num_rows, policy);
+      ptx::cp_async_commit();
+      read_place += turn, copy_place += turn, turn = -turn;
+    }
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
 #pragma unroll

@@ -1,8 +1,10 @@
 // The launcher of encode_wgmma_kernel.
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "../device/encode_wgmma.cuh"
+#include "../device/encode_wgmma_old.cuh"
 #include "../device/launch.h"
 #include "sm90_store.h"
 
@@ -15,8 +17,20 @@ void launch(const EncodeParams& p, Stream stream) {
   // One persistent CTA an SM, half of them for each side.
   const int num_tiles = (p.num_rows - 1) / Config::kTileRows + 1;
   const int ctas = std::min(std::max(device_properties().num_sms / p.num_sides, 1), num_tiles);
-  launch_kernel(encode_wgmma_kernel<Config>, static_cast<unsigned>(ctas * p.num_sides),
-                Config::kThreads, Config::kSmemBytes, stream, p);
+  // Experiment.  TQ4_STORE_X: 1 the old kernel, 2 copies behind the products.
+  const char* const choice = std::getenv("TQ4_STORE_X");
+  const char x = choice == nullptr ? '0' : *choice;
+  const auto grid = static_cast<unsigned>(ctas * p.num_sides);
+  if (x == '1') {
+    using Old = old::EncodeWgmmaConfig<T, D>;
+    launch_kernel(old::encode_wgmma_kernel<Old>, grid, Old::kThreads, Old::kSmemBytes, stream, p);
+  } else if (x == '2') {
+    launch_kernel(encode_wgmma_kernel<Config, false>, grid, Config::kThreads, Config::kSmemBytes,
+                  stream, p);
+  } else {
+    launch_kernel(encode_wgmma_kernel<Config>, grid, Config::kThreads, Config::kSmemBytes, stream,
+                  p);
+  }
 }
 
 template <typename T>
