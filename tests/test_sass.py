@@ -245,7 +245,7 @@ def test_store_on_hopper_rotates_by_warpgroup_products(instructions):
     """x through registers: the fence and the barrier are those of B, before the first tile."""
     found = set()
     for (arch, name), counts in instructions.items():
-        if match := re.search(r"encode_wgmma_kernel.*EncodeWgmmaConfigI.*?Li(\d+)E", name):
+        if match := re.search(r"encode_wgmma_kernel.*EncodeWgmmaConfigI.*Li(\d+)E", name):
             total, steps = _by_family(counts), int(match[1]) // 16
             _hold_wgmma(int(match[1]), arch, total, ("HGMMA",))
             assert total["HGMMA"] == total["LDSM"] == steps, (arch, name)

@@ -16,11 +16,16 @@
 // that reads its rows itself waits for nobody.
 //
 // Beside encode_kernel.cuh, per warp and 16 rows: one product in the place of signs, 32 products
-// and butterflies, 530 instructions instead of 890 (D = 128).  A tile's place is free once it is in
+// and butterflies, 540 instructions instead of 890 (D = 128).  A tile's place is free once it is in
 // registers, so that with two of them two tiles are in flight while a third is worked on.  16 warps
 // of 128 registers: while the tensor cores have one warpgroup's tile (512 cycles), the other three
 // quantise.  12 warps with the next tile's products beside this one's quantising would be two sets
 // of accumulators in turn, so twice the code to fetch, for what the other warpgroups hide already.
+//
+// A tile's place is filled anew behind the issue of its products, not in front: the tensor cores
+// begin 45 instructions earlier (D = 128) and multiply while the copies are issued.  Four lanes
+// copy a row, so that an instruction asks for 64 bytes of it, half a line; a hint has the L2 fetch
+// the line whole.
 //
 // Shared memory (dynamic): [B][tiles of warp 0: 2][of 1] ...
 #pragma once
@@ -48,21 +53,13 @@
 
 namespace tq4 {
 
-// Experiment.  `Variant`: 0 copies before the products; 2 behind them; 3 the second tile's first
-// copies right before the loop; 4 three warpgroups; 5 the tables' loads behind the first tile's
-// copies, and a short way there; 6 both 3 and 5; 7 both 4 and 6; 8 both 6 and 9; 9 copies that ask
-// the L2 for whole lines.
-template <typename T, int D, int Variant = 2>
+template <typename T, int D>
 struct EncodeWgmmaConfig {
-  static constexpr bool kCopyFirst = Variant == 0;
-  static constexpr bool kSecondLate = Variant == 3 || (Variant >= 6 && Variant <= 8);
-  static constexpr bool kTablesLate = Variant >= 5 && Variant <= 8;
-  static constexpr bool kWholeLines = Variant >= 8;
   static_assert(sizeof(T) == 2 && (D == 64 || D == 128), "what the products and registers are for");
   using Element = T;
   using Map = FragmentMap<D>;
   static constexpr int kHeadDim = D;
-  static constexpr int kWarpgroups = Variant == 4 || Variant == 7 ? 3 : 4;
+  static constexpr int kWarpgroups = 4;
   static constexpr int kGroupThreads = 128;
   static constexpr int kThreads = kWarpgroups * kGroupThreads;
   static constexpr int kTileRows = 64;
@@ -76,33 +73,27 @@ struct EncodeWgmmaConfig {
   static constexpr float kUnit = D == 128 ? 0.0625f : 0.125f;
 };
 
-inline bool has_short_strides(const EncodeSide& side) {
-  return side.token_stride >= 0 && side.token_stride <= UINT32_MAX && side.head_stride >= 0 &&
-         side.head_stride <= UINT32_MAX;
-}
-
 // Whether the kernel can do it; T is a 16-bit type, D 64 or 128.
 inline bool encode_wgmma_takes(const EncodeParams& p, int head_dim) {
   return (head_dim == 64 || head_dim == 128) && !p.has_matrix && p.aligned_input &&
-         p.code_width >= head_dim / 8 && has_short_strides(p.sides[0]) &&
-         (p.num_sides == 1 || has_short_strides(p.sides[1]));
+         p.code_width >= head_dim / 8;
 }
 
 // ---- B.
 
-// Part `part` of 512 of B: chunk part % (D / 8) of rows part / (D / 8), + 32, ...  `signs`: of the
-// chunk's columns of the rotation, in the uppermost bits.
+// A thread's part of B: chunk threadIdx % (D / 8) of rows threadIdx / (D / 8), + 32, ...  `signs`:
+// of the chunk's columns of the rotation, in the uppermost bits.
 template <class C>
-__device__ __forceinline__ void fill_part(uint32_t s_matrix, bool hadamard,
-                                          const uint32_t (&signs)[8], uint32_t part) {
-  constexpr int D = C::kHeadDim, kChunks = D / 8, kRowsAtOnce = 512 / kChunks;
+__device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard,
+                                            const uint32_t (&signs)[8]) {
+  constexpr int D = C::kHeadDim, kChunks = D / 8, kRowsAtOnce = C::kThreads / kChunks;
   constexpr int kRounds = D / kRowsAtOnce;
   static_assert(kRounds == 1 || (kRowsAtOnce == 32 && kRounds == 4), "dim + 8 a round, no carries");
   constexpr bool kHalf = std::is_same_v<typename C::Element, __half>;
   constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u, kBoth = 0x10001u, kMinus = 0x80008000u;
   constexpr uint32_t kUnitBits =
       kHalf ? (D == 128 ? 0x2c00u : 0x3000u) : (D == 128 ? 0x3d80u : 0x3e00u);
-  const uint32_t chunk = part % kChunks, first = part / kChunks;
+  const uint32_t chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
   const uint32_t dim = C::Map::code_dim(first / 8, first / 2 % 4, first % 2), block = dim / 8;
   // H[dim][k] is -1 to the number of common one bits of dim and k = 8 chunk + e: those of e differ
   // within the chunk, those of block and chunk are a sign of all of it.
@@ -126,21 +117,6 @@ __device__ __forceinline__ void fill_part(uint32_t s_matrix, bool hadamard,
     ptx::st_shared_v4(place + j * kRowsAtOnce * 128, (words[0] ^ round_flip) & mask,
                       (words[1] ^ round_flip) & mask, (words[2] ^ round_flip) & mask,
                       (words[3] ^ round_flip) & mask);
-  }
-}
-
-// The thread's parts.
-template <class C>
-__device__ __forceinline__ void fill_matrix(uint32_t s_matrix, bool hadamard,
-                                            const uint32_t (&signs)[8]) {
-  if constexpr (C::kThreads == 512) {
-    fill_part<C>(s_matrix, hadamard, signs, threadIdx.x);
-  } else {
-    static_assert(C::kThreads % (C::kHeadDim / 8) == 0, "one chunk a thread");
-#pragma unroll 1
-    for (uint32_t part = threadIdx.x; part < 512; part += C::kThreads) {
-      fill_part<C>(s_matrix, hadamard, signs, part);
-    }
   }
 }
 
@@ -192,12 +168,8 @@ __device__ __forceinline__ void copy_rows(uint32_t place, const RowCursor& curso
     if (cursor.row + 8 * r < num_rows) {
 #pragma unroll
       for (int i = 0; i < C::kHeadDim / 32; ++i) {
-        const uint32_t to = places[i % 2] + i / 2 * C::Tile::kPanelBytes + r * 1024;
-        if constexpr (C::kWholeLines) {
-          ptx::cp_async_once_lines(to, x + 64 * i, policy);
-        } else {
-          ptx::cp_async_once<16>(to, x + 64 * i, policy);
-        }
+        ptx::cp_async_once_line(places[i % 2] + i / 2 * C::Tile::kPanelBytes + r * 1024, x + 64 * i,
+                                policy);
       }
     }
   }
@@ -344,77 +316,50 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int cta = blockIdx.x >> two_sides, num_ctas = gridDim.x >> two_sides;
   const uint32_t num_rows = p.num_rows;
 
-  // [1/6] Start the loads.
+  // [1/6] Start the loads, those of the tables first.
   constexpr int kChunks = C::kHeadDim / 8;
+  const float boundary = __ldg(side.boundaries + min(lane, kNumBoundaries - 1));
   const bool hadamard = side.rotation != nullptr;
-  float boundary;
   uint32_t signs[8] = {};
-  const auto load_tables = [&] {
-    boundary = __ldg(side.boundaries + min(lane, kNumBoundaries - 1));
-    if (hadamard) {
-      const auto* from = reinterpret_cast<const uint4*>(side.rotation) + threadIdx.x % kChunks * 2;
-      const uint4 low = __ldg(from), high = __ldg(from + 1);
-      signs[0] = low.x, signs[1] = low.y, signs[2] = low.z, signs[3] = low.w;
-      signs[4] = high.x, signs[5] = high.y, signs[6] = high.z, signs[7] = high.w;
-    }
+  if (hadamard) {
+    const auto* from = reinterpret_cast<const uint4*>(side.rotation) + threadIdx.x % kChunks * 2;
+    const uint4 low = __ldg(from), high = __ldg(from + 1);
+    signs[0] = low.x, signs[1] = low.y, signs[2] = low.z, signs[3] = low.w;
+    signs[4] = high.x, signs[5] = high.y, signs[6] = high.z, signs[7] = high.w;
+  }
 #pragma unroll
-    for (uint32_t& sign : signs) sign = ptx::opaque(sign);  // keeps the loads in front
-  };
-  if constexpr (!C::kTablesLate) load_tables();
-  const uint64_t policy = C::kTablesLate ? ptx::read_once_policy_bits() : ptx::read_once_policy();
+  for (uint32_t& sign : signs) sign = ptx::opaque(sign);  // keeps the loads in front
+  const uint64_t policy = ptx::read_once_policy();
   // Where the lane's chunks go.  Nothing of it is seen to be uniform: see copy_rows.
   const uint32_t s_tiles = s_matrix + C::Matrix::kBytes + threadIdx.x / kWarpSize * C::kRing;
   uint32_t copy_place = s_tiles + C::Tile::offset(lane / 4, t);
   RowCursor cursor = {};
   // The first tile; CTAs first, as in encode_kernel.  Every CTA has one, and the branches are for
   // the compiler, which would put the loads above and these behind the work on the tables.
-  if (C::kTablesLate || cta * C::kTileRows < p.num_rows) {
+  if (cta * C::kTileRows < p.num_rows) {
     cursor.row = (threadIdx.x / C::kGroupThreads * num_ctas + cta) * C::kTileRows +
                  threadIdx.x / kWarpSize % 4 * 16 + lane / 4;
     const uint32_t own = cursor.row + t % 2 * 8;
     cursor.token = p.heads.quotient(own);
     cursor.head = own - cursor.token * p.heads.divisor;
-    cursor.x = reinterpret_cast<uint64_t>(side.x);
-    if constexpr (C::kTablesLate) {
-      // encode_wgmma_takes no longer strides.
-      cursor.x += uint64_t{cursor.token} * static_cast<uint32_t>(side.token_stride);
-      cursor.x += uint64_t{cursor.head} * static_cast<uint32_t>(side.head_stride);
-    } else {
-      cursor.x += cursor.token * side.token_stride + cursor.head * side.head_stride;
-    }
+    cursor.x = reinterpret_cast<uint64_t>(side.x) + cursor.token * side.token_stride +
+               cursor.head * side.head_stride;
     copy_rows<C>(copy_place, cursor, num_rows, policy);
   }
   ptx::cp_async_commit();
-  if (C::kSecondLate && C::kTablesLate && cta * C::kTileRows >= p.num_rows) return;
-  if constexpr (C::kTablesLate) load_tables();
   OwnTarget target;
+  load_target(target, cursor, p);
   RowStride stride;
-  const auto copy_second = [&] {
-    advance(cursor, stride, p.heads.divisor);
-    if (stride.row < num_rows) {
-      copy_rows<C>(copy_place + C::Tile::kBytes, cursor, num_rows, policy);
-    }
-    ptx::cp_async_commit();
-  };
-  const auto start_second = [&] {
-    load_target(target, cursor, p);
-    stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
-    stride.token = p.heads.quotient(stride.row);
-    stride.head = stride.row - stride.token * p.heads.divisor;
-    stride.x = stride.token * side.token_stride + stride.head * side.head_stride;
-    stride.wrap = side.token_stride - p.heads.divisor * side.head_stride;
-    if constexpr (!C::kSecondLate) copy_second();
-  };
-  if constexpr (C::kTablesLate && !C::kSecondLate) {
-    // Kept behind the tables' loads likewise.
-    if (cta * C::kTileRows < p.num_rows) {
-      start_second();
-    } else {
-      target = {}, stride = {};
-    }
-  } else {
-    start_second();
+  stride.row = num_ctas * C::kWarpgroups * C::kTileRows;
+  stride.token = p.heads.quotient(stride.row);
+  stride.head = stride.row - stride.token * p.heads.divisor;
+  stride.x = stride.token * side.token_stride + stride.head * side.head_stride;
+  stride.wrap = side.token_stride - p.heads.divisor * side.head_stride;
+  advance(cursor, stride, p.heads.divisor);
+  if (stride.row < num_rows) {
+    copy_rows<C>(copy_place + C::Tile::kBytes, cursor, num_rows, policy);
   }
+  ptx::cp_async_commit();
 
   // [2/6] Tables.
   fill_matrix<C>(s_matrix, hadamard, signs);
@@ -423,11 +368,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // |B x|^2 = D kUnit^2 |x|^2
   const float norm_unit = hadamard ? 1.f / (C::kHeadDim * C::kUnit * C::kUnit) : 1.f;
   const Destination destination = make_destination(p, side, t >= 2);
-  // B is complete before any warpgroup multiplies; the last barrier of all.
-  if constexpr (C::kTablesLate) __syncthreads();
   const Quantiser quantiser = make_byte_quantiser(boundary);
-  if constexpr (!C::kTablesLate) __syncthreads();
-  if constexpr (C::kSecondLate) copy_second();
+  // B is complete before any warpgroup multiplies; the last barrier of all.
+  __syncthreads();
 
   // Uniform, for descriptors and branches.
   const uint64_t matrix = ptx::wgmma_descriptor(warp_uniform(static_cast<int>(s_matrix)), 16,
@@ -446,22 +389,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     WgmmaRows<C> rows;
     read_rows<C>(rows, read_place);
     __syncwarp();  // every lane's are there
-    // [4/6] Rotate.  Before, the tile after the next into this one's place: a warp stands still
-    // while it issues its products.
+    // [4/6] Rotate.  Meanwhile, the tile after the next into this one's place.
     advance(cursor, stride, p.heads.divisor);
-    if constexpr (C::kCopyFirst) {
-      copy_rows<C>(copy_place, cursor, num_rows, policy);
-      ptx::cp_async_commit();
-      read_place += turn, copy_place += turn, turn = -turn;
-    }
     WgmmaAccumulators<C> acc;
     ptx::wgmma_fence();
     issue_products<C>(acc, rows, matrix);
-    if constexpr (!C::kCopyFirst) {
-      copy_rows<C>(copy_place, cursor, num_rows, policy);
-      ptx::cp_async_commit();
-      read_place += turn, copy_place += turn, turn = -turn;
-    }
+    copy_rows<C>(copy_place, cursor, num_rows, policy);
+    ptx::cp_async_commit();
+    read_place += turn, copy_place += turn, turn = -turn;
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
 #pragma unroll

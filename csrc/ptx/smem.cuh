@@ -97,17 +97,6 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
-// Experiment: what createpolicy makes of it, as CUTLASS has it (EVICT_FIRST).
-__device__ __forceinline__ uint64_t read_once_policy_bits() { return 0x12f0000000000000ull; }
-
-// Experiment: cp_async_once of 16 bytes that has the L2 fetch 128.
-__device__ __forceinline__ void cp_async_once_lines(uint32_t dst, const void* src,
-                                                    uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(dst),
-               "l"(src), "l"(policy)
-               : "memory");
-}
-
 // The same of bytes that nobody reads again; `policy` is read_once_policy(), which only copies of
 // 16 bytes take.
 template <int kBytes>
@@ -119,6 +108,15 @@ __device__ __forceinline__ void cp_async_once(uint32_t dst, const void* src, uin
   } else {
     cp_async<kBytes>(dst, src);
   }
+}
+
+// cp_async_once of 16 bytes, for a caller that asks for the rest of their 128-byte line in other
+// instructions: the L2 is advised to fetch the line at once.  A hint about speed and nothing else
+// (PTX ISA, "cp.async", level::prefetch_size).
+__device__ __forceinline__ void cp_async_once_line(uint32_t dst, const void* src, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(dst),
+               "l"(src), "l"(policy)
+               : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() {

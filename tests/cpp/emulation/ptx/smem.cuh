@@ -71,14 +71,13 @@ void cp_async(uint32_t dst, const void* src) {
 }
 
 inline uint64_t read_once_policy() { return 0; }
-inline uint64_t read_once_policy_bits() { return 0; }
 
 template <int kBytes>
 void cp_async_once(uint32_t dst, const void* src, uint64_t) {
   cp_async<kBytes>(dst, src);
 }
 
-inline void cp_async_once_lines(uint32_t dst, const void* src, uint64_t) { cp_async<16>(dst, src); }
+inline void cp_async_once_line(uint32_t dst, const void* src, uint64_t) { cp_async<16>(dst, src); }
 
 inline void cp_async_commit() {}
 
