@@ -110,6 +110,15 @@ __device__ __forceinline__ void cp_async_once(uint32_t dst, const void* src, uin
   }
 }
 
+// cp_async_once of 16 bytes, for a caller that asks for the rest of their 128-byte line in other
+// instructions: the L2 is advised to fetch the line at once.  A hint about speed and nothing else
+// (PTX ISA, "cp.async", level::prefetch_size).
+__device__ __forceinline__ void cp_async_once_line(uint32_t dst, const void* src, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(dst),
+               "l"(src), "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

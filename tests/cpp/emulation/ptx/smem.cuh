@@ -77,6 +77,8 @@ void cp_async_once(uint32_t dst, const void* src, uint64_t) {
   cp_async<kBytes>(dst, src);
 }
 
+inline void cp_async_once_line(uint32_t dst, const void* src, uint64_t) { cp_async<16>(dst, src); }
+
 inline void cp_async_commit() {}
 
 // Waits for all of the thread's copies, whatever the number allowed to be pending.
