@@ -62,6 +62,29 @@ def test_masks(case: Case, target: Target) -> None:
     verify(case, target, "decode")
 
 
+# ------------------------------------------------------------------------- short contexts on many KV heads
+
+# Shapes that clusters of CTAs take on Hopper: a table with room for no more than 16K tokens, few sequences,
+# up to 8 query rows a KV head; token-major with a multiple of 4 KV heads, or head-major.
+_SHORT = Case(head_dim=128, kv_heads=4, group=4, seq_lens=(700, 0, 1, 90), query_lens=(1,) * 4)
+SHORT_CASES = [
+    _SHORT,
+    _SHORT.but(head_dim=64, page=32, seq_lens=(2000, 33, 17, 16), dtype=BFLOAT16),
+    _SHORT.but(query_lens=(2, 1, 0, 2), sinks=True, window=(300, -1)),
+    _SHORT.but(query_lens=(2, 2, 1, 1), causal=False, softcap=6.0, dtype=BFLOAT16, data="outlier"),
+    _SHORT.but(kv_heads=8, group=1, seq_lens=(5000, 31), query_lens=(1, 4), strided=True, padding_rows=1),
+    _SHORT.but(kv_heads=12, group=2, seq_lens=(3000,), query_lens=(1,), rotation=None, row_padding=16),
+    _SHORT.but(kv_heads=8, group=8, seq_lens=(16000,), query_lens=(1,), page=128, interleaved=True),
+    _SHORT.but(head_dim=64, kv_heads=1, group=8, layout="head_major", page=64, window=(200, -1)),
+    _SHORT.but(kv_heads=3, group=2, layout="head_major", page=48, query_lens=(4, 1, 1, 3), sinks=True),
+]
+
+
+@on_cases(cpu=SHORT_CASES[2:4], gpu=SHORT_CASES)
+def test_short_contexts(case: Case, target: Target) -> None:
+    verify(case, target, "decode")
+
+
 # ------------------------------------------------------------------------------- shapes, layouts and lengths
 
 

@@ -198,8 +198,9 @@ def test_prepare_queries_rotates_by_warpgroup_products(instructions):
             assert total["HGMMA"] % (head_dim // 16) == 0, (head_dim, arch)  # whole rows of q R^T
 
 
-# DecodeMode of csrc/device/decode_plan.h, by the IMMAs of a word of codes (8 dims of a lane) and a tile.
-DECODE_IMMAS = {"0": 1, "1": 1, "2": 0, "3": 4}
+# DecodeMode of csrc/device/decode_plan.h, by the IMMAs of a word of codes (8 dims of a lane) and a tile:
+# two for each INT8 term of a key (csrc/device/decode_codes.h).
+DECODE_IMMAS = {"0": 2, "1": 2, "2": 0, "3": 4}
 
 
 def test_decode_kernels_are_complete(instructions):
@@ -235,8 +236,10 @@ def test_clusters_decode_by_both_tensor_core_products(instructions):
     for (arch, name), counts in instructions.items():
         if match := re.search(r"decode_cluster_kernel.*ClusterConfigILi(\d+)E", name):
             total = _by_family(counts)
-            assert total["IMMA"] == 2 * int(match[1]) // 32 and total["HMMA"] > 0, (arch, name)
-            assert total["UCGABAR_ARV"] > 0 and total["LDGSTS"] > 0, (arch, name)
+            assert total["IMMA"] == DECODE_IMMAS["0"] * 2 * int(match[1]) // 32, (arch, name)
+            assert total["HMMA"] > 0 and total["UCGABAR_ARV"] > 0, (arch, name)
+            # Boxes of token-major pages, runs of head-major ones.
+            assert total["UTMALDG"] > 0 and total["UBLKCP"] > 0 and total["LDGSTS"] == 0, (arch, name)
             found.add(int(match[1]))
     assert found == ({64, 128} if _built_archs()[1] else set())
 

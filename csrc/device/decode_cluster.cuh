@@ -15,9 +15,9 @@
 // Copies are made by the copy engine.  Of a token-major page a head's codes are pieces of 64 bytes
 // (D = 128) in rows 1,088 bytes apart (8 heads): a box of a tensor map, as large as the tile, where
 // cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
-// 4 heads.  In a head-major page all four are contiguous.  Boxes of short rows are slow all the same,
-// 10 ns each, and the lane that asks for one waits for its turn: hence no more copies than needed
-// before the tables are written.
+// 4 heads.  In a head-major page all four are contiguous.  Boxes of short rows are slow all the
+// same, 10 ns each, and the lane that asks for one waits for its turn: hence no more copies than
+// needed before the tables are written.
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     QueryRow<C::D>::load_signs(p.q_rotation, signs);
   }
 
-  // [2/5] Copies of the first tiles.
+  // [2/5] Copy of the first tile.
   const TileRange range = visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
   const TileRange share = cluster_share(range, rank, size);
   ClusterTiles<C> tiles;
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
     for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
   }
-  
+
   const auto unmasked = UnmaskedTiles::make(p, segment);
   DecodeState<Steps> state;
   state.clear();
@@ -289,9 +289,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     consume_tile<Steps>(
         plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
         !unmasked.has(tiles.first + C::kWarps * i),
-        [&] {
-          return hidden_columns<Steps>(p, plan, segment, 0, tiles.first + C::kWarps * i);
-        },
+        [&] { return hidden_columns<Steps>(p, plan, segment, 0, tiles.first + C::kWarps * i); },
         state);
     __syncwarp();  // all lanes have read the tile
   }

@@ -65,7 +65,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
   const DecodeBatch batch = decode_batch(p, plan);
   RingPosition ring{0, 0};
   if (lane == 0) shared.queue_end = {0, 0};  // read after next()'s barriers
-  bool started = false;  // a segment is under way
+  bool started = false;                      // a segment is under way
 #pragma unroll 1
   while (true) {
     shared.share.next(batch);
@@ -83,8 +83,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
     bool told = false;
 #pragma unroll 1
     while (true) {
-      if (!told && (started || first != reload(segment.tile_begin) ||
-                    first == reload(segment.tile_end))) {
+      if (!told &&
+          (started || first != reload(segment.tile_begin) || first == reload(segment.tile_end))) {
         shared.queue.push(batch, shared.share.segment, shared.queue_end);
         told = true;
       }
@@ -302,7 +302,8 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
   } else if constexpr (Config::kInt8) {
     place.key_unit = shared.plain_codes.write(p);
   } else {
-    place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids[threadIdx.x % 16], warp, Config::kWarps);
+    place.key_unit = write_pair_table(smem + kPairTableBytes, p.k_centroids[threadIdx.x % 16], warp,
+                                      Config::kWarps);
   }
   if (threadIdx.x % kWarpSize == 0) shared.warps[warp].place = place;
 }

@@ -72,8 +72,8 @@ constexpr int kClusterWarps = 16, kClusterStages = 3;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
 constexpr int64_t kClusterMostKeys = 16384;
-// A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes norms
-// from rows in boxes of 16 bytes, those of 4 heads.
+// A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes
+// norms from rows in boxes of 16 bytes, those of 4 heads.
 constexpr int kNormBoxBytes = 16;
 constexpr int cluster_tile_bytes(int head_dim) {
   return kTileTokens * (head_dim + 2 * kNormBoxBytes);
@@ -93,8 +93,8 @@ constexpr int kDecodeMaxStages = 64;
 constexpr int kDecodeBytesAhead = 6 * 17408;
 constexpr int kBatchStages = 20;  // with so many stages, tiles are handled in batches
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3712;  // barriers and scratch
-// Accumulator quads a lane exchanges at once (decode_merge.cuh): two barriers each time.  Bulk copies
-// leave shared memory for more.
+// Accumulator quads a lane exchanges at once (decode_merge.cuh): two barriers each time.  Bulk
+// copies leave shared memory for more.
 constexpr int merge_quads(bool bulk) { return bulk ? 8 : 4; }
 // One sender's: its quads, then m and l of its rows, a word a lane.
 TQ4_HOST_DEVICE constexpr int merge_area_bytes(bool bulk, int octets) {

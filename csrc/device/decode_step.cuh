@@ -102,8 +102,8 @@ struct DecodeRows {
   float scale[Config::kOctets];
 };
 
-// DecodeRows::scale of a row: log2 units of one unit of norm * (q . key code), units of the key codes.
-// NaN stays.
+// DecodeRows::scale of a row: log2 units of one unit of norm * (q . key code), units of the key
+// codes. NaN stays.
 template <typename Config>
 __device__ __forceinline__ float score_scale(float row_scale, float key_unit) {
   const float scale = row_scale * (key_unit / DecodeRows<Config>::kScoreUnits);
@@ -358,13 +358,10 @@ __device__ __forceinline__ void raise_reference(const float (&s)[Config::kOctets
 // [2/4] and [3/4] Softmax: s -> P' packed as B fragments, l and, where needed, m and O.  Where
 // `masked` (the warp alike), hidden() says which keys the lane's rows may not see: bit 4 i + c.
 template <typename Config, typename Hidden>
-__device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
-                                               const float (&key_norm)[4],
-                                               const float (&value_norm)[4],
-                                               const DecodeRows<Config>& rows, float softcap,
-                                               bool masked, Hidden&& hidden,
-                                               DecodeState<Config>& state,
-                                               uint32_t (&weights)[Config::kOctets][2]) {
+__device__ __forceinline__ void update_softmax(
+    float (&s)[Config::kOctets][4], const float (&key_norm)[4], const float (&value_norm)[4],
+    const DecodeRows<Config>& rows, float softcap, bool masked, Hidden&& hidden,
+    DecodeState<Config>& state, uint32_t (&weights)[Config::kOctets][2]) {
   float scale[Config::kOctets];
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
@@ -420,9 +417,9 @@ __device__ __forceinline__ void update_softmax(float (&s)[Config::kOctets][4],
 // The A fragments of V of words [first, last), one m-tile after the other: use(tile, a).  a0,a1:
 // even and odd dimension of tokens 2 t, 2 t + 1; a2,a3: of 8 + 2 t, ...
 template <typename Config, typename Use>
-__device__ __forceinline__ void expand_values(
-    uint32_t lane_table, const uint32_t (&words)[4][Config::Map::kValueWords], int first_word,
-    int last_word, Use&& use) {
+__device__ __forceinline__ void expand_values(uint32_t lane_table,
+                                              const uint32_t (&words)[4][Config::Map::kValueWords],
+                                              int first_word, int last_word, Use&& use) {
   const auto expand = [&](auto byte, int tile, const TokenPairs& first, const TokenPairs& second) {
     constexpr int kByte = decltype(byte)::value;
     const uint32_t a[4] = {

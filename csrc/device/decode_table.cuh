@@ -24,8 +24,8 @@ namespace tq4 {
 constexpr uint32_t kPairRowBytes = 4 * kWarpSize;
 constexpr uint32_t kPairTableBytes = 256 * kPairRowBytes;
 
-// Writes rows `first_row`, `first_row` + `row_step`, ... ; one warp, of whose lanes i and i + 16 hold
-// centroid i.  Returns the unit: centroid = entry * unit.
+// Writes rows `first_row`, `first_row` + `row_step`, ... ; one warp, of whose lanes i and i + 16
+// hold centroid i.  Returns the unit: centroid = entry * unit.
 __device__ __forceinline__ float write_pair_table(uint32_t table, float centroid, int first_row,
                                                   int row_step) {
   const int lane = threadIdx.x % kWarpSize;

@@ -58,13 +58,10 @@ struct UnmaskedTiles {
 // One tile.  release() is called by all lanes as soon as its last bytes are in registers; where
 // `masked`, hidden() says what hidden_columns does.
 template <typename Config, typename Release, typename Hidden>
-__device__ __forceinline__ void consume_tile(const DecodePlan& plan, uint32_t stage,
-                                             Release&& release, uint32_t lane_table,
-                                             const LaneOffsets& at,
-                                             const KeyCodes<Config>& key_codes,
-                                             const DecodeRows<Config>& rows, float softcap,
-                                             bool masked, Hidden&& hidden,
-                                             DecodeState<Config>& state) {
+__device__ __forceinline__ void consume_tile(
+    const DecodePlan& plan, uint32_t stage, Release&& release, uint32_t lane_table,
+    const LaneOffsets& at, const KeyCodes<Config>& key_codes, const DecodeRows<Config>& rows,
+    float softcap, bool masked, Hidden&& hidden, DecodeState<Config>& state) {
   float s[Config::kOctets][4];
   compute_scores<Config>(stage + at.key, plan.code_step, lane_table, key_codes, rows,
                          plan.query_residual - plan.query_codes, s);

@@ -10,11 +10,10 @@ namespace tq4 {
 // Widest copy (16, 8 or 4 bytes) to which every token's codes are aligned.  Token-major rows of one
 // KV head are 136 bytes: 8.
 TQ4_HOST_DEVICE int copy_width(const PageView& view) {
-  const uint64_t bits = reinterpret_cast<uintptr_t>(view.base) |
-                        static_cast<uint64_t>(view.block_stride) |
-                        static_cast<uint64_t>(view.code_token_stride) |
-                        static_cast<uint64_t>(view.code_head_stride) |
-                        static_cast<uint64_t>(view.k_codes) | static_cast<uint64_t>(view.v_codes);
+  const uint64_t bits =
+      reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride) |
+      static_cast<uint64_t>(view.code_token_stride) | static_cast<uint64_t>(view.code_head_stride) |
+      static_cast<uint64_t>(view.k_codes) | static_cast<uint64_t>(view.v_codes);
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 4;
 }
 
@@ -27,8 +26,8 @@ TQ4_HOST_DEVICE bool is_token_major(const PageView& view) {
 // from token-major pages, as contiguous runs from head-major ones.  Both begin at multiples of 16
 // bytes (a box elsewhere is an illegal instruction): token-major pages have a multiple of 4 heads.
 inline bool takes_bulk_fields(const PageView& view) {
-  const int strides = is_token_major(view) ? view.code_token_stride
-                                           : view.code_head_stride | view.norm_head_stride;
+  const int strides =
+      is_token_major(view) ? view.code_token_stride : view.code_head_stride | view.norm_head_stride;
   const int fields = view.k_codes | view.v_codes | view.k_norms | view.v_norms;
   return (reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride) |
           static_cast<uint64_t>(strides | fields)) %

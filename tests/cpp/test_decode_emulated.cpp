@@ -650,7 +650,8 @@ int main(int argc, char** argv) {
     const std::string suffix = " D " + std::to_string(head_dim);
     const auto cluster = [&](const char* name, auto&& change) {
       test((name + suffix).c_str(), [&](Case& c) {
-        c.head_dim = head_dim, c.cluster = true, c.num_sms = 132, c.rotate = true, c.num_kv_heads = 4;
+        c.head_dim = head_dim, c.cluster = true, c.num_sms = 132, c.rotate = true,
+        c.num_kv_heads = 4;
         c.rotation = Case::kSigns;
         change(c);
       });
@@ -661,9 +662,8 @@ int main(int argc, char** argv) {
       c.queries = {2, 0, 1}, c.lengths = {300, 20, 1}, c.max_query_len = 2, c.sinks = true;
     });
     cluster("cluster, not rotated", [](Case& c) { c.rotate = false, c.lengths = {90, 40}; });
-    cluster("cluster, seven query heads", [](Case& c) {
-      c.group = 7, c.lengths = {300, 40}, c.bf16 = true;
-    });
+    cluster("cluster, seven query heads",
+            [](Case& c) { c.group = 7, c.lengths = {300, 40}, c.bf16 = true; });
     cluster("clusters take no such rows", [](Case& c) {
       c.layout = Layout::kPaddedRows, c.block_size = 32, c.lengths = {300, 40}, c.cluster = false;
     });
@@ -674,8 +674,7 @@ int main(int argc, char** argv) {
       c.layout = Layout::kHeadMajorApart, c.block_size = 48, c.lengths = {100, 40}, c.softcap = 2.f,
       c.window_right = 1, c.queries = {2, 1}, c.max_query_len = 2;
     });
-    cluster("cluster, rings used again",
-            [](Case& c) { c.group = 1, c.lengths = {4000}; });
+    cluster("cluster, rings used again", [](Case& c) { c.group = 1, c.lengths = {4000}; });
     cluster("cluster, head-major rings used again", [](Case& c) {
       c.layout = Layout::kHeadMajor, c.num_kv_heads = 1, c.group = 1, c.lengths = {2100};
     });
