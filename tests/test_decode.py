@@ -65,7 +65,8 @@ def test_masks(case: Case, target: Target) -> None:
 # ------------------------------------------------------------------------- short contexts on many KV heads
 
 # Shapes that clusters of CTAs take on Hopper: a table with room for no more than 16K tokens, few sequences,
-# up to 8 query rows a KV head; token-major with a multiple of 4 KV heads, or head-major.
+# up to 8 query rows a KV head.  Token-major pages of a multiple of 4 KV heads are copied in boxes, head-major
+# ones in runs, others in pieces.
 _SHORT = Case(head_dim=128, kv_heads=4, group=4, seq_lens=(700, 0, 1, 90), query_lens=(1,) * 4)
 SHORT_CASES = [
     _SHORT,
@@ -76,6 +77,9 @@ SHORT_CASES = [
     _SHORT.but(kv_heads=12, group=2, seq_lens=(3000,), query_lens=(1,), rotation=None, row_padding=16),
     _SHORT.but(kv_heads=8, group=8, seq_lens=(16000,), query_lens=(1,), page=128, interleaved=True),
     _SHORT.but(head_dim=64, kv_heads=1, group=8, layout="head_major", page=64, window=(200, -1)),
+    _SHORT.but(kv_heads=2, query_lens=(1, 2, 0, 1), dtype=BFLOAT16),
+    _SHORT.but(head_dim=64, kv_heads=1, group=7, page=32, seq_lens=(4000, 16, 1, 99), sinks=True),
+    _SHORT.but(kv_heads=6, group=2, seq_lens=(900, 64), query_lens=(1, 1), row_padding=4, softcap=9.0),
     _SHORT.but(kv_heads=3, group=2, layout="head_major", page=48, query_lens=(4, 1, 1, 3), sinks=True),
 ]
 

@@ -238,8 +238,8 @@ def test_clusters_decode_by_both_tensor_core_products(instructions):
             total = _by_family(counts)
             assert total["IMMA"] == DECODE_IMMAS["0"] * 2 * int(match[1]) // 32, (arch, name)
             assert total["HMMA"] > 0 and total["UCGABAR_ARV"] > 0, (arch, name)
-            # Boxes of token-major pages, runs of head-major ones.
-            assert total["UTMALDG"] > 0 and total["UBLKCP"] > 0 and total["LDGSTS"] == 0, (arch, name)
+            # Boxes of token-major pages, runs of head-major ones, pieces of others.
+            assert total["UTMALDG"] > 0 and total["UBLKCP"] > 0 and total["LDGSTS"] > 0, (arch, name)
             found.add(int(match[1]))
     assert found == ({64, 128} if _built_archs()[1] else set())
 

@@ -15,15 +15,16 @@
 // Copies are made by the copy engine.  Of a token-major page a head's codes are pieces of 64 bytes
 // (D = 128) in rows 1,088 bytes apart (8 heads): a box of a tensor map, as large as the tile, where
 // cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
-// 4 heads.  In a head-major page all four are contiguous.  Boxes of short rows are slow all the
-// same, 10 ns each, and the lane that asks for one waits for its turn: hence no more copies than
-// needed before the tables are written.
+// 4 heads.  In a head-major page all four are contiguous.  Pages of other alignments go by
+// cp.async.  Boxes of short rows are slow all the same, 10 ns each, and the lane that asks for one
+// waits for its turn: hence no more copies than needed before the tables are written.
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
 // Shared memory: pair table | ClusterShared | rings; the warps' results in the place of the rings.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "../params.h"
 #include "../ptx/bulk_copy.cuh"
@@ -91,6 +92,18 @@ struct ClusterTiles {
     pages = own < count ? table[plan.block_divider.quotient(first + C::kWarps * own)] : 0;
   }
 
+  // The codes of 16 tokens, `stride` bytes apart, by all lanes.
+  template <int kBytes>
+  __device__ __forceinline__ static void copy_pieces(uint32_t dst, const uint8_t* src, int stride,
+                                                     uint64_t policy) {
+    constexpr int kPieces = C::D / 2 / kBytes;  // of a token
+#pragma unroll 4
+    for (int i = threadIdx.x % kWarpSize; i < kTileTokens * kPieces; i += kWarpSize) {
+      const uint8_t* from = src + i / kPieces * stride + i % kPieces * kBytes;
+      ptx::cp_async_once<kBytes>(dst + i * kBytes, from, policy);
+    }
+  }
+
   // Starts the copies of tile i, if there is one, into a stage that all lanes have read.
   __device__ __forceinline__ void copy(const PageView& view, const ClusterMaps& maps,
                                        const DecodePlan& plan, int i) {
@@ -98,27 +111,49 @@ struct ClusterTiles {
     if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
     const int tile = first + C::kWarps * i;
     const int page = __shfl_sync(kFullWarp, pages, i % kWarpSize);
-    if (threadIdx.x % kWarpSize != 0) return;
     const int token =
         (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
         kTileTokens;
+    const uint8_t* src = view.base + page * view.block_stride;
+    const uint8_t* codes = src + token * view.code_token_stride + head * view.code_head_stride;
+    const uint8_t* norms = src + token * view.norm_token_stride + head * view.norm_head_stride;
     const StageView& place = plan.copy.stage;
     const uint32_t dst = stage(i), barrier = landed + 8 * (i % C::kStages);
     const uint64_t policy = ptx::read_once_policy();
+    if (plan.cluster_copy == ClusterCopy::kPieces) {
+      const auto both = [&](auto bytes) {
+        copy_pieces<decltype(bytes)::value>(dst + place.k_codes, codes + view.k_codes,
+                                            view.code_token_stride, policy);
+        copy_pieces<decltype(bytes)::value>(dst + place.v_codes, codes + view.v_codes,
+                                            view.code_token_stride, policy);
+      };
+      if (plan.copy.width == 16) {
+        both(std::integral_constant<int, 16>{});
+      } else if (plan.copy.width == 8) {
+        both(std::integral_constant<int, 8>{});
+      } else {
+        both(std::integral_constant<int, 4>{});
+      }
+      const int own = threadIdx.x % kTileTokens;  // K norms by the first half of the warp
+      const bool second = threadIdx.x % kWarpSize >= kTileTokens;
+      ptx::cp_async<4>(
+          dst + (second ? place.v_norms : place.k_norms) + 4 * own,
+          norms + (second ? view.v_norms : view.k_norms) + own * view.norm_token_stride);
+      ptx::mbarrier_arrive_on_cp_async(barrier);
+      return;
+    }
+    if (threadIdx.x % kWarpSize != 0) return;
     ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
-    if (plan.cluster_boxes) {
-      const int codes = head * view.code_head_stride, norms = cluster_norm_box(head);
+    if (plan.cluster_copy == ClusterCopy::kBoxes) {
+      const int first_code = head * view.code_head_stride, first_norm = cluster_norm_box(head);
       const auto box = [&](const TensorMap& map, int to, int column) {
         ptx::tensor_copy_once_to_shared(dst + to, map, column, token, page, barrier, policy);
       };
-      box(maps.codes, place.k_codes, view.k_codes + codes);
-      box(maps.norms, place.k_norms, view.k_norms + norms);
-      box(maps.codes, place.v_codes, view.v_codes + codes);
-      box(maps.norms, place.v_norms, view.v_norms + norms);
+      box(maps.codes, place.k_codes, view.k_codes + first_code);
+      box(maps.norms, place.k_norms, view.k_norms + first_norm);
+      box(maps.codes, place.v_codes, view.v_codes + first_code);
+      box(maps.norms, place.v_norms, view.v_norms + first_norm);
     } else {
-      const uint8_t* src = view.base + page * view.block_stride;
-      const uint8_t* codes = src + token * view.code_token_stride + head * view.code_head_stride;
-      const uint8_t* norms = src + token * view.norm_token_stride + head * view.norm_head_stride;
       const auto run = [&](int to, const uint8_t* from, uint32_t bytes) {
         ptx::bulk_copy_once_to_shared(dst + to, from, bytes, barrier, policy);
       };
@@ -189,7 +224,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(arrived, 1);
     ptx::mbarrier_fence_init();
-    if (plan.cluster_boxes) {
+    if (plan.cluster_copy == ClusterCopy::kBoxes) {
       ptx::prefetch_tensor_map(maps.codes);
       ptx::prefetch_tensor_map(maps.norms);
     }
@@ -230,8 +265,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   tiles.landed = ptx::smem_address(shared.landed[warp]);
   tiles.find_pages(plan, 0);
   if (lane == 0) {
+    const int arrivals = plan.cluster_copy == ClusterCopy::kPieces ? kWarpSize : 1;
 #pragma unroll
-    for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(tiles.landed + 8 * i, 1);
+    for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(tiles.landed + 8 * i, arrivals);
     ptx::mbarrier_fence_init();
   }
   __syncwarp();  // the barriers are there
@@ -274,7 +310,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
-  if (plan.cluster_boxes) {
+  if (plan.cluster_copy == ClusterCopy::kBoxes) {
 #pragma unroll
     for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
   }

@@ -65,7 +65,10 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
   return 8 * decode_octets(mode) * decode_warps(head_dim, mode, false);
 }
 
-// Decode of short contexts by clusters (decode_cluster.cuh).
+// Decode of short contexts by clusters (decode_cluster.cuh).  How a head's tile is copied: as boxes
+// of rows (token-major pages), as contiguous runs (head-major ones), or by cp.async in pieces of
+// what alignment allows.
+enum class ClusterCopy : int32_t { kBoxes = 0, kRuns = 1, kPieces = 2 };
 constexpr int kClusterSize = 8;      // CTAs: the most that every device with clusters takes
 constexpr int kLargestCluster = 16;  // where there is room
 constexpr int kClusterWarps = 16, kClusterStages = 3;
@@ -130,7 +133,7 @@ struct DecodePlan {
   // CTAs that share a (sequence, KV head), at least (the launcher knows the device); 0: the three
   // kernels.
   int32_t cluster;
-  bool cluster_boxes;  // clusters copy tiles as boxes of rows; else each field is contiguous
+  ClusterCopy cluster_copy;
   bool bulk;           // bulk copies; else cp.async
   bool wide;           // stage rows are aligned for vector loads
   bool overlapped;     // launches may overlap; set by launch_decode
@@ -467,8 +470,7 @@ inline bool takes_clusters(const AttentionParams& p, const DecodePlan& plan) {
   const int head_dim = p.cache.head_dim;
   return p.arch == 90 && p.path != Path::kPortable && p.int8 &&
          (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 && plan.light_prepare &&
-         is_light(head_dim, p.out_rotation, p.out_signs) && p.cache.num_blocks > 0 &&
-         takes_bulk_fields(p.cache) &&
+         is_light(head_dim, p.out_rotation, p.out_signs) &&
          int64_t{p.num_seqs} * p.cache.num_kv_heads * kClusterSize <= p.num_sms &&
          int64_t{p.max_blocks} * p.cache.block_size <= kClusterMostKeys;
 }
@@ -479,10 +481,14 @@ inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
   plan.mode = DecodeMode::kInt8Rows8;
   plan.heads_per_chunk = p.cache.num_kv_heads;
   plan.num_chunks = 1;
-  plan.cluster_boxes = is_token_major(p.cache);
+  const bool boxes = is_token_major(p.cache);
+  plan.cluster_copy = !takes_bulk_fields(p.cache) ? ClusterCopy::kPieces
+                      : boxes                     ? ClusterCopy::kBoxes
+                                                  : ClusterCopy::kRuns;
+  plan.copy.width = copy_width(p.cache);
   StageView& stage = plan.copy.stage;
   stage.code_token_stride = head_dim / 2;
-  stage.norm_token_stride = plan.cluster_boxes ? kNormBoxBytes : 4;
+  stage.norm_token_stride = plan.cluster_copy == ClusterCopy::kBoxes ? kNormBoxBytes : 4;
   stage.v_codes = kTileTokens * stage.code_token_stride;
   stage.k_norms = 2 * stage.v_codes;
   stage.v_norms = stage.k_norms + kTileTokens * kNormBoxBytes;

@@ -26,13 +26,14 @@ TQ4_HOST_DEVICE bool is_token_major(const PageView& view) {
 // from token-major pages, as contiguous runs from head-major ones.  Both begin at multiples of 16
 // bytes (a box elsewhere is an illegal instruction): token-major pages have a multiple of 4 heads.
 inline bool takes_bulk_fields(const PageView& view) {
-  const int strides =
-      is_token_major(view) ? view.code_token_stride : view.code_head_stride | view.norm_head_stride;
-  const int fields = view.k_codes | view.v_codes | view.k_norms | view.v_norms;
-  return (reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride) |
-          static_cast<uint64_t>(strides | fields)) %
-             16 ==
-         0;
+  uint64_t bits = reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride);
+  if (is_token_major(view)) {
+    bits |= static_cast<uint64_t>(view.code_token_stride);
+  } else {
+    bits |= static_cast<uint64_t>(view.code_head_stride | view.norm_head_stride);
+  }
+  bits |= static_cast<uint64_t>(view.k_codes | view.v_codes | view.k_norms | view.v_norms);
+  return view.num_blocks > 0 && bits % 16 == 0;
 }
 
 // log2(block_size), or -1 when it is not a power of two.

@@ -115,7 +115,7 @@ void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stre
   }
   const cudaLaunchAttribute attribute = cluster_attribute(sized.cluster);
   ClusterMaps maps{};
-  if (plan.cluster_boxes) {
+  if (plan.cluster_copy == ClusterCopy::kBoxes) {
     maps = {make_page_map(p.cache, D / 2), make_page_map(p.cache, kNormBoxBytes)};
   }
   launch_kernel_with(&attribute, 1, kernel, dim3(clusters * sized.cluster), dim3(Config::kThreads),

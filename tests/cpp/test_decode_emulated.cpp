@@ -106,7 +106,8 @@ void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int row
             {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
       };
       tq4::ClusterMaps maps{};
-      if (plan.cluster_boxes) maps = {map(D / 2), map(tq4::kNormBoxBytes)};
+      if (plan.cluster_copy == tq4::ClusterCopy::kBoxes)
+        maps = {map(D / 2), map(tq4::kNormBoxBytes)};
       emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
                         Config::kThreads, p, one, maps);
     }
@@ -664,8 +665,11 @@ int main(int argc, char** argv) {
     cluster("cluster, not rotated", [](Case& c) { c.rotate = false, c.lengths = {90, 40}; });
     cluster("cluster, seven query heads",
             [](Case& c) { c.group = 7, c.lengths = {300, 40}, c.bf16 = true; });
-    cluster("clusters take no such rows", [](Case& c) {
-      c.layout = Layout::kPaddedRows, c.block_size = 32, c.lengths = {300, 40}, c.cluster = false;
+    cluster("cluster, padded rows", [](Case& c) {
+      c.layout = Layout::kPaddedRows, c.block_size = 32, c.lengths = {300, 40};
+    });
+    cluster("cluster, one head", [](Case& c) {
+      c.num_kv_heads = 1, c.group = 7, c.lengths = {300, 40, 900}, c.bf16 = true;
     });
     cluster("cluster, head-major", [](Case& c) {
       c.layout = Layout::kHeadMajor, c.block_size = 64, c.lengths = {600, 40}, c.window_left = 100;
@@ -679,8 +683,7 @@ int main(int argc, char** argv) {
       c.layout = Layout::kHeadMajor, c.num_kv_heads = 1, c.group = 1, c.lengths = {2100};
     });
     cluster("cluster, twelve heads", [](Case& c) { c.num_kv_heads = 12, c.lengths = {90}; });
-    cluster("clusters take no six heads",
-            [](Case& c) { c.num_kv_heads = 6, c.lengths = {90}, c.cluster = false; });
+    cluster("cluster, six heads", [](Case& c) { c.num_kv_heads = 6, c.lengths = {90}; });
     cluster("cluster, wild norms", [](Case& c) {
       c.wild_norms = 20.f, c.norm_scale = 1e-3f, c.lengths = {500}, c.bf16 = true;
     });
