@@ -232,16 +232,18 @@ def test_decode_kernels_are_complete(instructions):
 
 
 def test_clusters_decode_by_both_tensor_core_products(instructions):
+    """With the copy engine's boxes, for token-major pages, or without: runs, or pieces by cp.async."""
     found = set()
     for (arch, name), counts in instructions.items():
-        if match := re.search(r"decode_cluster_kernel.*ClusterConfigILi(\d+)E", name):
-            total = _by_family(counts)
-            assert total["IMMA"] == DECODE_IMMAS["0"] * 2 * int(match[1]) // 32, (arch, name)
+        if match := re.search(r"decode_cluster_kernel.*ClusterConfigILi(\d+)ELb([01])E", name):
+            head_dim, boxes, total = int(match[1]), match[2] == "1", _by_family(counts)
+            assert total["IMMA"] == DECODE_IMMAS["0"] * 2 * head_dim // 32, (arch, name)
             assert total["HMMA"] > 0 and total["UCGABAR_ARV"] > 0, (arch, name)
-            # Boxes of token-major pages, runs of head-major ones, pieces of others.
-            assert total["UTMALDG"] > 0 and total["UBLKCP"] > 0 and total["LDGSTS"] > 0, (arch, name)
-            found.add(int(match[1]))
-    assert found == ({64, 128} if _built_archs()[1] else set())
+            assert (total["UTMALDG"] > 0) == boxes, (arch, name)
+            assert (total["UBLKCP"] > 0) == (total["LDGSTS"] > 0) == (not boxes), (arch, name)
+            found.add((head_dim, boxes))
+    both = {(d, boxes) for d in (64, 128) for boxes in (False, True)}
+    assert found == (both if _built_archs()[1] else set())
 
 
 def test_store_on_hopper_rotates_by_warpgroup_products(instructions):

@@ -45,9 +45,12 @@
 
 namespace tq4 {
 
-template <int D_>
+// kBoxes: tiles are copied in boxes of rows, else as plan.cluster_copy says.  A parameter, so that
+// the one way's code does not lie in the other's when it is run through for the first time.
+template <int D_, bool kBoxes_>
 struct ClusterConfig {
   static constexpr int D = D_;
+  static constexpr bool kBoxes = kBoxes_;
   static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kClusterStages;
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
@@ -92,18 +95,6 @@ struct ClusterTiles {
     pages = own < count ? table[plan.block_divider.quotient(first + C::kWarps * own)] : 0;
   }
 
-  // The codes of 16 tokens, `stride` bytes apart, by all lanes.
-  template <int kBytes>
-  __device__ __forceinline__ static void copy_pieces(uint32_t dst, const uint8_t* src, int stride,
-                                                     uint64_t policy) {
-    constexpr int kPieces = C::D / 2 / kBytes;  // of a token
-#pragma unroll 4
-    for (int i = threadIdx.x % kWarpSize; i < kTileTokens * kPieces; i += kWarpSize) {
-      const uint8_t* from = src + i / kPieces * stride + i % kPieces * kBytes;
-      ptx::cp_async_once<kBytes>(dst + i * kBytes, from, policy);
-    }
-  }
-
   // Starts the copies of tile i, if there is one, into a stage that all lanes have read.
   __device__ __forceinline__ void copy(const PageView& view, const ClusterMaps& maps,
                                        const DecodePlan& plan, int i) {
@@ -114,53 +105,17 @@ struct ClusterTiles {
     const int token =
         (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
         kTileTokens;
-    const uint8_t* src = view.base + page * view.block_stride;
-    const uint8_t* codes = src + token * view.code_token_stride + head * view.code_head_stride;
-    const uint8_t* norms = src + token * view.norm_token_stride + head * view.norm_head_stride;
-    const StageView& place = plan.copy.stage;
     const uint32_t dst = stage(i), barrier = landed + 8 * (i % C::kStages);
-    const uint64_t policy = ptx::read_once_policy();
-    if (plan.cluster_copy == ClusterCopy::kPieces) {
-      const auto both = [&](auto bytes) {
-        copy_pieces<decltype(bytes)::value>(dst + place.k_codes, codes + view.k_codes,
-                                            view.code_token_stride, policy);
-        copy_pieces<decltype(bytes)::value>(dst + place.v_codes, codes + view.v_codes,
-                                            view.code_token_stride, policy);
-      };
-      if (plan.copy.width == 16) {
-        both(std::integral_constant<int, 16>{});
-      } else if (plan.copy.width == 8) {
-        both(std::integral_constant<int, 8>{});
-      } else {
-        both(std::integral_constant<int, 4>{});
-      }
-      const int own = threadIdx.x % kTileTokens;  // K norms by the first half of the warp
-      const bool second = threadIdx.x % kWarpSize >= kTileTokens;
-      ptx::cp_async<4>(
-          dst + (second ? place.v_norms : place.k_norms) + 4 * own,
-          norms + (second ? view.v_norms : view.k_norms) + own * view.norm_token_stride);
+    if (!C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces) {
+      copy_pieces(view, plan, page, token, dst);
       ptx::mbarrier_arrive_on_cp_async(barrier);
-      return;
-    }
-    if (threadIdx.x % kWarpSize != 0) return;
-    ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
-    if (plan.cluster_copy == ClusterCopy::kBoxes) {
-      const int first_code = head * view.code_head_stride, first_norm = cluster_norm_box(head);
-      const auto box = [&](const TensorMap& map, int to, int column) {
-        ptx::tensor_copy_once_to_shared(dst + to, map, column, token, page, barrier, policy);
-      };
-      box(maps.codes, place.k_codes, view.k_codes + first_code);
-      box(maps.norms, place.k_norms, view.k_norms + first_norm);
-      box(maps.codes, place.v_codes, view.v_codes + first_code);
-      box(maps.norms, place.v_norms, view.v_norms + first_norm);
-    } else {
-      const auto run = [&](int to, const uint8_t* from, uint32_t bytes) {
-        ptx::bulk_copy_once_to_shared(dst + to, from, bytes, barrier, policy);
-      };
-      run(place.k_codes, codes + view.k_codes, kTileTokens * C::D / 2);
-      run(place.k_norms, norms + view.k_norms, kTileTokens * 4);
-      run(place.v_codes, codes + view.v_codes, kTileTokens * C::D / 2);
-      run(place.v_norms, norms + view.v_norms, kTileTokens * 4);
+    } else if (threadIdx.x % kWarpSize == 0) {
+      ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
+      if constexpr (C::kBoxes) {
+        copy_boxes(view, maps, plan.copy.stage, page, token, dst, barrier);
+      } else {
+        copy_runs(view, plan.copy.stage, page, token, dst, barrier);
+      }
     }
   }
 
@@ -170,6 +125,79 @@ struct ClusterTiles {
 
   __device__ __forceinline__ void wait(int i) const {
     ptx::mbarrier_wait(landed + 8 * (i % C::kStages), i / C::kStages & 1);
+  }
+
+ private:
+  // Of the tile's first token.
+  __device__ __forceinline__ const uint8_t* find_codes(const PageView& view, int page,
+                                                       int token) const {
+    return view.base + page * view.block_stride +
+           (token * view.code_token_stride + head * view.code_head_stride);
+  }
+  __device__ __forceinline__ const uint8_t* find_norms(const PageView& view, int page,
+                                                       int token) const {
+    return view.base + page * view.block_stride +
+           (token * view.norm_token_stride + head * view.norm_head_stride);
+  }
+
+  __device__ __forceinline__ void copy_boxes(const PageView& view, const ClusterMaps& maps,
+                                             const StageView& place, int page, int token,
+                                             uint32_t dst, uint32_t barrier) const {
+    const int codes = head * view.code_head_stride, norms = cluster_norm_box(head);
+    const auto box = [&](const TensorMap& map, int to, int column) {
+      ptx::tensor_copy_once_to_shared(dst + to, map, column, token, page, barrier,
+                                      ptx::read_once_policy());
+    };
+    box(maps.codes, place.k_codes, view.k_codes + codes);
+    box(maps.norms, place.k_norms, view.k_norms + norms);
+    box(maps.codes, place.v_codes, view.v_codes + codes);
+    box(maps.norms, place.v_norms, view.v_norms + norms);
+  }
+
+  __device__ __forceinline__ void copy_runs(const PageView& view, const StageView& place, int page,
+                                            int token, uint32_t dst, uint32_t barrier) const {
+    const uint8_t* codes = find_codes(view, page, token);
+    const uint8_t* norms = find_norms(view, page, token);
+    const auto run = [&](int to, const uint8_t* from, uint32_t bytes) {
+      ptx::bulk_copy_once_to_shared(dst + to, from, bytes, barrier, ptx::read_once_policy());
+    };
+    run(place.k_codes, codes + view.k_codes, kTileTokens * C::D / 2);
+    run(place.k_norms, norms + view.k_norms, kTileTokens * 4);
+    run(place.v_codes, codes + view.v_codes, kTileTokens * C::D / 2);
+    run(place.v_norms, norms + view.v_norms, kTileTokens * 4);
+  }
+
+  // By all lanes.
+  __device__ __forceinline__ void copy_pieces(const PageView& view, const DecodePlan& plan,
+                                              int page, int token, uint32_t dst) const {
+    const StageView& place = plan.copy.stage;
+    const uint8_t* codes = find_codes(view, page, token);
+    const auto copy_codes = [&](auto bytes) {
+      constexpr int kBytes = decltype(bytes)::value;
+      constexpr int kPieces = C::D / 2 / kBytes, kCount = kTileTokens * kPieces;
+#pragma unroll 1  // this function stands in the kernel three times
+      for (int i = threadIdx.x % kWarpSize; i < 2 * kCount; i += kWarpSize) {
+        const bool second = i >= kCount;  // V
+        const int piece = second ? i - kCount : i;
+        ptx::cp_async_once<kBytes>(dst + (second ? place.v_codes : place.k_codes) + piece * kBytes,
+                                   codes + (second ? view.v_codes : view.k_codes) +
+                                       piece / kPieces * view.code_token_stride +
+                                       piece % kPieces * kBytes,
+                                   ptx::read_once_policy());
+      }
+    };
+    if (plan.copy.width == 16) {
+      copy_codes(std::integral_constant<int, 16>{});
+    } else if (plan.copy.width == 8) {
+      copy_codes(std::integral_constant<int, 8>{});
+    } else {
+      copy_codes(std::integral_constant<int, 4>{});
+    }
+    const int own = threadIdx.x % kTileTokens;  // K norms by the first half of the warp
+    const bool second = threadIdx.x % kWarpSize >= kTileTokens;
+    ptx::cp_async<4>(dst + (second ? place.v_norms : place.k_norms) + 4 * own,
+                     find_norms(view, page, token) + (second ? view.v_norms : view.k_norms) +
+                         own * view.norm_token_stride);
   }
 };
 
@@ -224,7 +252,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(arrived, 1);
     ptx::mbarrier_fence_init();
-    if (plan.cluster_copy == ClusterCopy::kBoxes) {
+    if constexpr (C::kBoxes) {
       ptx::prefetch_tensor_map(maps.codes);
       ptx::prefetch_tensor_map(maps.norms);
     }
@@ -265,7 +293,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   tiles.landed = ptx::smem_address(shared.landed[warp]);
   tiles.find_pages(plan, 0);
   if (lane == 0) {
-    const int arrivals = plan.cluster_copy == ClusterCopy::kPieces ? kWarpSize : 1;
+    const int arrivals = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces ? kWarpSize : 1;
 #pragma unroll
     for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(tiles.landed + 8 * i, arrivals);
     ptx::mbarrier_fence_init();
@@ -310,7 +338,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
-  if (plan.cluster_copy == ClusterCopy::kBoxes) {
+  if constexpr (C::kBoxes) {
 #pragma unroll
     for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
   }

@@ -88,9 +88,9 @@ TensorMap make_page_map(const PageView& view, int box_bytes) {
   return same;
 }
 
-template <int D>
+template <int D, bool kBoxes>
 void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  using Config = ClusterConfig<D>;
+  using Config = ClusterConfig<D, kBoxes>;
   constexpr int kRings = Config::kWarps * Config::kStages * Config::kTileBytes;
   constexpr int kResults = Config::kWarps * Config::kRows * Config::kRowPitch * 4;
   constexpr int kSmemBytes = kDecodeTableBytes +
@@ -115,11 +115,17 @@ void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stre
   }
   const cudaLaunchAttribute attribute = cluster_attribute(sized.cluster);
   ClusterMaps maps{};
-  if (plan.cluster_copy == ClusterCopy::kBoxes) {
+  if constexpr (kBoxes) {
     maps = {make_page_map(p.cache, D / 2), make_page_map(p.cache, kNormBoxBytes)};
   }
   launch_kernel_with(&attribute, 1, kernel, dim3(clusters * sized.cluster), dim3(Config::kThreads),
                      kSmemBytes, stream, p, sized, maps);
+}
+
+template <int D>
+void launch(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
+  return plan.cluster_copy == ClusterCopy::kBoxes ? launch_config<D, true>(p, plan, stream)
+                                                  : launch_config<D, false>(p, plan, stream);
 }
 
 }  // namespace
@@ -127,9 +133,9 @@ void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stre
 void launch_decode_cluster(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   switch (p.cache.head_dim) {
     case 64:
-      return launch_config<64>(p, plan, stream);
+      return launch<64>(p, plan, stream);
     case 128:
-      return launch_config<128>(p, plan, stream);
+      return launch<128>(p, plan, stream);
     default:
       throw std::logic_error("decode: no cluster kernel for this head dimension");
   }

@@ -92,7 +92,6 @@ template <int D>
 void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int rows_per_block) {
   if (plan.cluster > 0) {
     if constexpr (D == 64 || D == 128) {
-      using Config = tq4::ClusterConfig<D>;
       tq4::DecodePlan one = plan;
       one.cluster = 1;
       const tq4::PageView& view = p.cache;
@@ -105,11 +104,16 @@ void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int row
              static_cast<uint64_t>(view.block_stride)},
             {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
       };
-      tq4::ClusterMaps maps{};
-      if (plan.cluster_copy == tq4::ClusterCopy::kBoxes)
-        maps = {map(D / 2), map(tq4::kNormBoxBytes)};
-      emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
-                        Config::kThreads, p, one, maps);
+      const auto go = [&](auto config, const tq4::ClusterMaps& maps) {
+        using Config = decltype(config);
+        emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
+                          Config::kThreads, p, one, maps);
+      };
+      if (plan.cluster_copy == tq4::ClusterCopy::kBoxes) {
+        go(tq4::ClusterConfig<D, true>{}, {map(D / 2), map(tq4::kNormBoxBytes)});
+      } else {
+        go(tq4::ClusterConfig<D, false>{}, {});
+      }
     }
     return;
   }
