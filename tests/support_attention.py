@@ -182,6 +182,11 @@ def pairwise(seed: int = 0, **axes: Sequence) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ cases
 
 
+# Room of a wide block table: more than the kernels for short contexts take (kClusterMostKeys of
+# csrc/device/decode_plan.h; test_host_maps.py compares the two).
+WIDE_TABLE_TOKENS = 65536
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What one attention call is asked.  Lengths are per sequence; a query may be longer than its keys."""
@@ -469,7 +474,7 @@ def build(
     write_tokens(cache, slots, ki, kn, vi, vn)
 
     width = max((len(b) for b in blocks), default=0) + 2
-    width = max(width, 16384 // case.page) if case.wide_table else width
+    width = max(width, WIDE_TABLE_TOKENS // case.page) if case.wide_table else width
     garbage = [2**31 - 1, -(2**31), -1, num_blocks] if wild_table else [spare]
     table = [b + [order.choice(garbage) for _ in range(width - len(b))] for b in blocks]
 

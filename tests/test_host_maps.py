@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from support_attention import WIDE_TABLE_TOKENS
 from tq4 import codebook, layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,10 @@ def test_head_major_view_equals_python(host_maps, head_dim, heads, block_size):
 
 
 # ---- unpacking --------------------------------------------------------------------------------
+
+
+def test_wide_tables_have_room_for_more_than_short_contexts(host_maps):
+    assert host_maps.kClusterMostKeys < WIDE_TABLE_TOKENS
 
 
 def _codes(word: int) -> list[int]:

@@ -186,6 +186,7 @@ std::vector<std::array<int, 5>> decode_segments(const std::vector<int32_t>& seq_
 }  // namespace
 
 PYBIND11_MODULE(host_maps, m) {
+  m.attr("kClusterMostKeys") = tq4::kClusterMostKeys;
   m.def("token_major_view", [](int64_t num_blocks, int64_t heads, int64_t block_size,
                                int64_t head_dim, int64_t block_stride, int64_t row_stride) {
     return view_to_dict(tq4::token_major_view(nullptr, num_blocks, heads, block_size, head_dim,
