@@ -93,7 +93,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
       const int count = min(most, reload(segment.tile_end) - first);
       const int page = next_page;
       next_page = load_page(first + count + lane);
-      const int chunk = reload(segment.chunk);
+      const int chunk = unit_place(plan, reload(segment.chunk)).head_chunk;
       if (Pipeline::copies_whole_tiles(plan)) {
         const int tile = first + lane;
         const int block = static_cast<int>(plan.block_divider.quotient(tile));
@@ -149,7 +149,8 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
   const int g = threadIdx.x % kWarpSize / 4;
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
   const auto* scales = reinterpret_cast<const float*>(workspace + plan.query_scale);
-  const int kv_head = segment.chunk * plan.heads_per_chunk + place.head;
+  const UnitPlace unit = unit_place(plan, segment.chunk);
+  const int kv_head = unit.head_chunk * plan.heads_per_chunk + place.head;
   const int last = min(segment.num_queries * plan.group, plan.max_rows) - 1;
   const int first_query =  // in the workspace
       p.short_query_len > 0 ? segment.seq * p.short_query_len : segment.query_begin;
@@ -157,7 +158,7 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // A rows g and g + 8
     const int octet = Config::kOctets == 2 ? i : 0;
-    const int row = min(place.first_row + 8 * octet + g, last);
+    const int row = min(unit.first_row + place.first_row + 8 * octet + g, last);
     const int query = row / plan.group;
     const int64_t index = static_cast<int64_t>(first_query + query) * p.num_q_heads +
                           kv_head * plan.group + (row - query * plan.group);
@@ -220,7 +221,8 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   const int tile_end = segment.tile_end;
   constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
   state.clear();
-  if (place.first_row >= segment.num_queries * plan.group) {  // no rows: only keep the ring turning
+  if (unit_place(plan, segment.chunk).first_row + place.first_row >=
+      segment.num_queries * plan.group) {  // no rows: only keep the ring turning
     for (; tile < tile_end; tile += plan.teams) {
       ptx::mbarrier_wait(at_stage.full, at_stage.parity);
       if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(at_stage.full + kEmpty);
@@ -246,7 +248,9 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
         lane_table, at, key_codes, rows, p.softcap, static_cast<uint32_t>(tile) >= unmasked.count,
         [&] {
           const DecodeSegment its = reload(scratch.segment);
-          return hidden_columns<Config>(p, plan, its, reload(scratch.place.first_row),
+          const int first_row =
+              unit_place(plan, its.chunk).first_row + reload(scratch.place.first_row);
+          return hidden_columns<Config>(p, plan, its, first_row,
                                         UnmaskedTiles::make(p, its).begin + tile);
         },
         state);
@@ -262,11 +266,13 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
   const ConsumerPlace place = reload(scratch.place);
   merge_teams<Config>({place.team, place.slot, plan.teams, plan.slots, exchange}, state);
   const DecodeSegment segment = reload(scratch.segment);
-  const int count = min(segment.num_queries * plan.group, plan.max_rows) - place.first_row;
+  const int count = min(segment.num_queries * plan.group, plan.max_rows) -
+                    unit_place(plan, segment.chunk).first_row - place.first_row;
   if (place.team == 0 && count > 0) {
     const int64_t unit = static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk;
     const int64_t first =
-        ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.max_rows + place.first_row;
+        ((blockIdx.x + unit) * plan.heads_per_chunk + place.head) * plan.rows_per_chunk +
+        place.first_row;
     auto* workspace = static_cast<uint8_t*>(p.workspace);
     write_partial<Config>(reinterpret_cast<float2*>(workspace + plan.partial_stats),
                           reinterpret_cast<float*>(workspace + plan.partial_out), Config::D, first,

@@ -19,7 +19,7 @@ struct CombineRow {
   int surplus;  // query tokens of the sequence beyond max_query_len, reported by its last row
   int64_t token;
   int head;
-  int64_t unit;         // (sequence, chunk of KV heads)
+  int64_t unit;         // (sequence, chunk of KV heads, chunk of rows)
   int64_t row_of_unit;  // in rows of the partial arrays
   float sink;           // log2 units
 };
@@ -41,9 +41,12 @@ __device__ __forceinline__ CombineRow find_row(const AttentionParams& p, const D
 
   const int kv_head = static_cast<int>(plan.group_divider.quotient(r.head));
   const int chunk = static_cast<int>(plan.chunk_divider.quotient(kv_head));
-  r.unit = static_cast<int64_t>(seq) * plan.num_chunks + chunk;
-  r.row_of_unit = static_cast<int64_t>(kv_head - chunk * plan.heads_per_chunk) * plan.max_rows +
-                  query * plan.group + (r.head - kv_head * plan.group);
+  const int of_head = query * plan.group + (r.head - kv_head * plan.group);
+  const int row_chunk = static_cast<int>(plan.row_divider.quotient(of_head));
+  r.unit = static_cast<int64_t>(seq) * plan.num_chunks + chunk * plan.row_chunks + row_chunk;
+  r.row_of_unit =
+      static_cast<int64_t>(kv_head - chunk * plan.heads_per_chunk) * plan.rows_per_chunk + of_head -
+      row_chunk * plan.rows_per_chunk;
   return r;
 }
 
@@ -97,7 +100,7 @@ struct PartialTerms {
                                                       const DecodePlan& plan, const CombineRow& row,
                                                       int log_parts) {
     const auto* workspace = static_cast<const uint8_t*>(p.workspace);
-    const uint32_t rows = plan.heads_per_chunk * plan.max_rows;
+    const uint32_t rows = plan.heads_per_chunk * plan.rows_per_chunk;
     const int64_t first = row.unit * rows + row.row_of_unit;
     const int lane = threadIdx.x % kWarpSize;
     return {

@@ -139,7 +139,8 @@ struct DecodePlan {
   bool overlapped;     // launches may overlap; set by launch_decode
   bool light_prepare;  // rows of q are rotated by butterflies, or not at all
   int32_t row_groups;  // warps that share a (KV head, tile)
-  int32_t heads_per_chunk, num_chunks;
+  // Units of a sequence: KV heads and their rows in chunks, rows the inner of the two.
+  int32_t heads_per_chunk, rows_per_chunk, row_chunks, num_chunks;
   int32_t slots;  // warps of a team: heads_per_chunk * row_groups
   int32_t teams;  // teams take the tiles in turn
   int32_t warps;  // consumer warps, slots * teams of them active
@@ -155,6 +156,7 @@ struct DecodePlan {
   DecodeShares shares;
   // For the combine kernel: by max_query_len * num_q_heads, num_q_heads, group, heads_per_chunk.
   Divider seq_divider, query_divider, group_divider, chunk_divider;
+  Divider row_divider, row_chunk_divider;  // by rows_per_chunk, row_chunks
   int32_t stage_offset, smem_bytes;  // shared memory
   // Rows of q in the workspace, Hq a token: T tokens or, where only sequences of up to
   // short_query_len tokens count, so many for each of B sequences, used or not.
@@ -165,10 +167,20 @@ struct DecodePlan {
   int64_t query_scale;     // fp32 [query_rows]: log2 units of one unit of norm * (q . k)
   int64_t dense_rotation;  // int32: not 0 if out_rotation is no Hadamard matrix
   int64_t unit_ctas;       // CtaRange [B, num_chunks]
-  int64_t partial_stats;   // float2 {m, l} [partials, heads_per_chunk, max_rows]
-  int64_t partial_out;     // fp32 [partials, heads_per_chunk, max_rows, D]
+  int64_t partial_stats;   // float2 {m, l} [partials, heads_per_chunk, rows_per_chunk]
+  int64_t partial_out;     // fp32 [partials, heads_per_chunk, rows_per_chunk, D]
   int64_t workspace_bytes;
 };
+
+// Where the heads and rows of a unit begin.
+struct UnitPlace {
+  int head_chunk, first_row;
+};
+
+TQ4_HOST_DEVICE UnitPlace unit_place(const DecodePlan& plan, int chunk) {
+  const int head_chunk = static_cast<int>(plan.row_chunk_divider.quotient(chunk));
+  return {head_chunk, (chunk - head_chunk * plan.row_chunks) * plan.rows_per_chunk};
+}
 
 TQ4_HOST_DEVICE DecodeBatch decode_batch(const AttentionParams& p, const DecodePlan& plan) {
   const int most_queries = p.short_query_len > 0 ? p.short_query_len : INT32_MAX;
@@ -421,14 +433,24 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   const int limit = decode_smem_limit(p.arch);
   plan.bulk = bulk;
   plan.warps = decode_warps(view.head_dim, plan.mode, bulk);
-  plan.row_groups = ceil_div(plan.max_rows, 8 * octets);
+  const int row_groups = ceil_div(plan.max_rows, 8 * octets);
+  // Where there are more rows than warps, a tile is read once for each chunk of rows, or for each
+  // chunk of heads only those.  The latter are pieces of rows in token-major pages, for which bulk
+  // copies are too small: 32 rows of 8 heads took 3.6 times as long (docs/tuning.md).
+  const bool whole_rows = bulk && is_token_major(view);
+  const int first_groups = whole_rows ? 1 : row_groups;
   plan.num_stages = 0;
   // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
   // copied, and the fewer partial results.
-  for (int heads = std::min(view.num_kv_heads, plan.warps / plan.row_groups); heads > 0; --heads) {
+  for (int heads = std::min(view.num_kv_heads, plan.warps / first_groups); heads > 0; --heads) {
     if (view.num_kv_heads % heads != 0) continue;
+    plan.row_groups = std::min(row_groups, plan.warps / heads);
+    plan.row_chunks = ceil_div(row_groups, plan.row_groups);
+    plan.row_groups = ceil_div(row_groups, plan.row_chunks);
+    plan.rows_per_chunk =
+        plan.row_chunks == 1 ? plan.max_rows : 8 * octets * plan.row_groups;
     plan.heads_per_chunk = heads;
-    plan.num_chunks = view.num_kv_heads / heads;
+    plan.num_chunks = view.num_kv_heads / heads * plan.row_chunks;
     plan.slots = heads * plan.row_groups;
     plan.teams = plan.warps / plan.slots;
     plan.copy = make_tile_copy(view, heads, true);
@@ -480,7 +502,8 @@ inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
   plan.cluster = kClusterSize;
   plan.mode = DecodeMode::kInt8Rows8;
   plan.heads_per_chunk = p.cache.num_kv_heads;
-  plan.num_chunks = 1;
+  plan.rows_per_chunk = plan.max_rows;
+  plan.row_chunks = plan.num_chunks = 1;
   const bool boxes = is_token_major(p.cache);
   plan.cluster_copy = !takes_bulk_fields(p.cache) ? ClusterCopy::kPieces
                       : boxes                     ? ClusterCopy::kBoxes
@@ -577,6 +600,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.query_divider = Divider::make(static_cast<uint32_t>(p.num_q_heads));
   plan.group_divider = Divider::make(static_cast<uint32_t>(plan.group));
   plan.chunk_divider = Divider::make(static_cast<uint32_t>(plan.heads_per_chunk));
+  plan.row_divider = Divider::make(static_cast<uint32_t>(plan.rows_per_chunk));
+  plan.row_chunk_divider = Divider::make(static_cast<uint32_t>(plan.row_chunks));
   if (plan.cluster > 0) return plan;
 
   // A unit costs a CTA about what 96 KB of keys do, beside its tiles.
@@ -589,7 +614,7 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   const int64_t rows = plan.query_rows;
   const int64_t partials =
       static_cast<int64_t>(plan.grid) + static_cast<int64_t>(p.num_seqs) * plan.num_chunks;
-  const int64_t partial_rows = partials * plan.heads_per_chunk * plan.max_rows;
+  const int64_t partial_rows = partials * plan.heads_per_chunk * plan.rows_per_chunk;
   const int query_bytes = has_int8_query(plan.mode) ? 1 : 2;
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {

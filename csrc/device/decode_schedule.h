@@ -1,9 +1,10 @@
 // How decode splits the keys of a batch over a fixed grid.  Host-compilable; lengths are read on
 // the device, so a captured graph may be replayed with other ones.
 //
-// Keys are counted in tiles of 16 tokens.  A work unit is one (sequence, chunk of KV heads); it has
-// as many tiles as its sequence has visible ones, and costs `segment_cost` more: what a CTA spends
-// on a unit besides its tiles.  All units laid end to end form one line of `total` positions,
+// Keys are counted in tiles of 16 tokens.  A work unit is one (sequence, chunk of KV heads, chunk
+// of query rows); it has as many tiles as its sequence has visible ones, and costs `segment_cost`
+// more: what a CTA spends on a unit besides its tiles.  All units laid end to end form one line of
+// `total` positions,
 //
 //      | c c t t t t t t | c c t t | c c t t t t t t t t t t t |      c = overhead, t = tile
 //      ^ unit 0          ^ unit 1  ^ unit 2
@@ -42,7 +43,7 @@ struct DecodeBatch {
   int32_t most_queries;            // sequences of more query tokens are left alone
   int32_t num_seqs;
   int32_t window_left;
-  int32_t num_chunks;    // chunks of KV heads: units of a sequence
+  int32_t num_chunks;    // units of a sequence
   int32_t segment_cost;  // in tiles
 
   TQ4_HOST_DEVICE int query_begin(int seq) const {

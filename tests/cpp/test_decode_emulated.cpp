@@ -468,7 +468,9 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
     others_untouched = others_untouched && out[i] == 0x7e7e;
   }
   const double relative = size > 0 ? std::sqrt(error / size) : 0;
-  const double bound = c.bf16 ? 4e-3 : 8e-4;
+  const bool has_residual = plan.mode != tq4::DecodeMode::kInt8Rows16;
+  // Without the residual a tie may round the other way in double precision.
+  const double bound = c.bf16 ? 4e-3 : has_residual ? 8e-4 : 2e-3;
   std::printf(
       "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s%s)\n",
       name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
@@ -486,8 +488,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
     }
   }
   CHECK(relative < bound);
-  // Without the residual a tie may round the other way in double precision.
-  CHECK(worst_lse < (plan.mode == tq4::DecodeMode::kInt8Rows16 ? 5e-3 : 1e-3));
+  CHECK(worst_lse < (has_residual ? 1e-3 : 5e-3));
   CHECK(others_untouched);
   CHECK(right_specials);
 }
@@ -611,6 +612,10 @@ int main(int argc, char** argv) {
       c.head_dim = head_dim, c.group = 4, c.queries = {4, 0, 2}, c.lengths = {60, 20, 1},
       c.max_query_len = 4;
     });
+    test(("rows in chunks" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.num_kv_heads = 8, c.group = 4, c.queries = {8, 0, 3, 5};
+      c.lengths = {60, 20, 3, 40}, c.max_query_len = 8, c.sinks = true;
+    });
     test(("rows 16 portable" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.group = 16, c.lengths = {60, 20}, c.bulk = false;
     });
@@ -624,6 +629,10 @@ int main(int argc, char** argv) {
     test(("int8x2, rows 16" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.int8 = false, c.group = 4, c.queries = {4, 0, 2};
       c.lengths = {60, 20, 1}, c.max_query_len = 4;
+    });
+    test(("int8x2, rows in chunks" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.int8 = false, c.num_kv_heads = 8, c.group = 5;
+      c.queries = {4, 1, 5}, c.lengths = {60, 20, 3}, c.max_query_len = 5;
     });
     test(("int8x2, outliers" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.int8 = false, c.outliers = true, c.lengths = {130, 90};

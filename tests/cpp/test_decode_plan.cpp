@@ -46,7 +46,7 @@ void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::Decode
   const tq4::StageView& stage = copy.stage;
   const int codes = view.head_dim / 2;
   for (int tile = 0; tile < plan.tiles_per_block; ++tile) {
-    for (int chunk = 0; chunk < plan.num_chunks; ++chunk) {
+    for (int chunk = 0; chunk < plan.num_chunks / plan.row_chunks; ++chunk) {
       std::vector<uint8_t> staged(copy.stage_bytes, 0);
       std::vector<int> writes(copy.stage_bytes, 0);
       int total = 0;
@@ -141,8 +141,23 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   }
   CHECK(plan.bulk || plan.wide);
   CHECK(plan.group == group && plan.max_rows == group * max_query_len);
-  CHECK(plan.heads_per_chunk * plan.num_chunks == view.num_kv_heads);
-  CHECK(plan.row_groups * 8 * octets >= plan.max_rows);
+  CHECK(plan.heads_per_chunk * plan.num_chunks == view.num_kv_heads * plan.row_chunks);
+  CHECK(plan.row_groups * 8 * octets >= plan.rows_per_chunk);
+  CHECK(plan.rows_per_chunk * plan.row_chunks >= plan.max_rows);
+  CHECK(plan.rows_per_chunk * (plan.row_chunks - 1) < plan.max_rows);
+  if (plan.bulk && tq4::is_token_major(view)) {  // rows are copied whole, if warps are as many
+    CHECK(plan.heads_per_chunk == view.num_kv_heads || plan.num_stages >= 3);
+  } else {
+    CHECK(plan.row_chunks == 1);
+  }
+  std::set<std::pair<int, int>> places;  // of all units of a sequence
+  for (int chunk = 0; chunk < plan.num_chunks; ++chunk) {
+    const tq4::UnitPlace place = tq4::unit_place(plan, chunk);
+    CHECK(place.head_chunk * plan.heads_per_chunk < view.num_kv_heads);
+    CHECK(place.first_row < plan.max_rows && place.first_row % plan.rows_per_chunk == 0);
+    places.insert({place.head_chunk, place.first_row});
+  }
+  CHECK(static_cast<int>(places.size()) == plan.num_chunks);
   CHECK(plan.teams >= 1 && plan.slots * plan.teams <= plan.warps);
   CHECK(plan.num_stages >= 2 && plan.smem_bytes <= tq4::decode_smem_limit(arch));
   CHECK(plan.num_stages % plan.teams == 0);  // a stage belongs to one team
