@@ -74,6 +74,8 @@ _DECODE = [
     Case(head_dim=128, seq_lens=(70, 0, 1, 200), query_lens=(1, 1, 1, 1), group=4),
     Case(head_dim=128, seq_lens=(70, 0, 1, 200), query_lens=(1, 1, 1, 1), group=4, wide_table=True),
     Case(head_dim=64, seq_lens=(90,), query_lens=(1,), group=4, rotation="hadamard_matrix"),
+    Case(head_dim=64, seq_lens=(90, 5, 33), query_lens=(1, 1, 1), kv_heads=40, group=1),
+    Case(head_dim=128, seq_lens=(90, 5), query_lens=(4, 3), kv_heads=8, group=8),
     Case(head_dim=64, seq_lens=(40, 17), query_lens=(4, 2), layout="head_major", dtype=BFLOAT16, sinks=True),
     Case(head_dim=96, seq_lens=(33,), query_lens=(1,), int8=False, kv_heads=1, row_padding=8),
     Case(head_dim=256, seq_lens=(60,), query_lens=(2,), rotation=None, softcap=9.0, window=(20, -1)),

@@ -89,6 +89,36 @@ def test_short_contexts(case: Case, target: Target) -> None:
     verify(case, target, "decode")
 
 
+# ------------------------------------------------------------------- more KV heads or rows than warps for them
+
+# A CTA then has some of the heads, copied in boxes from token-major pages, or some of the query rows.
+_MANY = Case(head_dim=128, kv_heads=32, group=1, seq_lens=(700, 0, 1, 90), query_lens=(1,) * 4)
+MANY_CASES = [
+    _MANY,
+    _MANY.but(head_dim=96, seq_lens=(40, 17), query_lens=(1, 2), kv_heads=20),
+    _MANY.but(head_dim=64, seq_lens=(60, 3), query_lens=(8, 5), kv_heads=8, group=8, sinks=True),
+    _MANY.but(head_dim=96, query_lens=(2, 1, 0, 3), sinks=True, window=(300, -1)),
+    _MANY.but(head_dim=64, dtype=BFLOAT16, data="outlier", int8=False),
+    _MANY.but(head_dim=256, kv_heads=16, group=2, query_lens=(6, 1, 1, 2), interleaved=True),
+    _MANY.but(kv_heads=40, page=48, rotation=None, softcap=9.0),
+    _MANY.but(kv_heads=18, strided=True, padding_rows=1),
+    _MANY.but(kv_heads=24, group=2, query_lens=(8, 1, 3, 2), causal=False, window=(-1, 2)),
+    _MANY.but(kv_heads=32, layout="head_major", page=32, int8=False, dtype=BFLOAT16),
+    _MANY.but(kv_heads=32, row_padding=16, window=(50, -1), query_lens=(1, 4, 1, 1)),
+    _MANY.but(kv_heads=32, row_padding=8, query_lens=(9, 1, 1, 2)),
+    _MANY.but(kv_heads=8, group=8, query_lens=(4, 2, 0, 3)),
+    _MANY.but(kv_heads=8, group=8, query_lens=(16, 3, 1, 9), row_padding=16, sinks=True),
+    _MANY.but(kv_heads=8, group=5, query_lens=(4, 5, 1, 1), int8=False, window=(77, -1)),
+    _MANY.but(kv_heads=16, group=12, query_lens=(5, 1, 0, 2), page=128, causal=False, softcap=20.0),
+    _MANY.but(head_dim=256, kv_heads=8, group=4, query_lens=(8, 3, 1, 2), dtype=BFLOAT16),
+]
+
+
+@on_cases(cpu=MANY_CASES[1:3], gpu=MANY_CASES)
+def test_many_heads_and_rows(case: Case, target: Target) -> None:
+    verify(case, target, "decode")
+
+
 # ------------------------------------------------------------------------------- shapes, layouts and lengths
 
 

@@ -60,11 +60,6 @@ struct ClusterConfig {
   static constexpr int kTileBytes = cluster_tile_bytes(D);
 };
 
-// The pages as arrays of bytes [num_blocks, block_size, row], where a token's row lies together.
-struct ClusterMaps {
-  TensorMap codes, norms;  // boxes of 16 rows of D / 2 bytes, of 16 bytes
-};
-
 template <class C>
 struct ClusterShared {
   PlainKeyCodes::Tables codes;
@@ -96,7 +91,7 @@ struct ClusterTiles {
   }
 
   // Starts the copies of tile i, if there is one, into a stage that all lanes have read.
-  __device__ __forceinline__ void copy(const PageView& view, const ClusterMaps& maps,
+  __device__ __forceinline__ void copy(const PageView& view, const PageMaps& maps,
                                        const DecodePlan& plan, int i) {
     if (i >= count) return;
     if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
@@ -140,13 +135,13 @@ struct ClusterTiles {
            (token * view.norm_token_stride + head * view.norm_head_stride);
   }
 
-  __device__ __forceinline__ void copy_boxes(const PageView& view, const ClusterMaps& maps,
+  __device__ __forceinline__ void copy_boxes(const PageView& view, const PageMaps& maps,
                                              const StageView& place, int page, int token,
                                              uint32_t dst, uint32_t barrier) const {
     const int codes = head * view.code_head_stride, norms = cluster_norm_box(head);
     const auto box = [&](const TensorMap& map, int to, int column) {
-      ptx::tensor_copy_once_to_shared(dst + to, map, column, token, page, barrier,
-                                      ptx::read_once_policy());
+      ptx::tensor_copy_once_to_shared(dst + to, map, column / kMapElementBytes, token, page,
+                                      barrier, ptx::read_once_policy());
     };
     box(maps.codes, place.k_codes, view.k_codes + codes);
     box(maps.norms, place.k_norms, view.k_norms + norms);
@@ -237,7 +232,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     decode_cluster_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ DecodePlan plan,
-                          const __grid_constant__ ClusterMaps maps) {
+                          const __grid_constant__ PageMaps maps) {
   using Steps = typename C::Steps;
   using Sum = RowSum<C::D>;
   uint8_t* bytes = ptx::dynamic_shared();

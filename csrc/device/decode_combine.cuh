@@ -203,8 +203,12 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   };
   PartialTerms<D> terms = PartialTerms<D>::make(p, plan, row, log_parts);
   lines.keep(tile_rows.lines);
-  ptx::wait_for_predecessor();  // every partial result is written
+  // Where the partial results are is mostly known by now, but not for sure: a guess, of which the
+  // loads below need not wait for the answer.
   CtaRange ctas = ctas_of(row);
+  if (ctas.begin < 0 || ctas.begin > ctas.end || ctas.end > plan.grid) ctas = {0, 0};
+  ptx::wait_for_predecessor();  // every partial result is written
+  CtaRange told = ctas_of(row);
   if (Config::kMayBeHadamard && dense) {
     dense = *reinterpret_cast<const int32_t*>(workspace + plan.dense_rotation) != 0 ||
             !(corner > 0.f && corner < INFINITY);
@@ -213,8 +217,13 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
 #pragma unroll 1
   while (true) {
     Sum sum;
-    sum.clear();
-    sum.template add<kCombineBatch<D>>(terms, ctas, part);
+#pragma unroll 1
+    while (true) {
+      sum.clear();
+      sum.template add<kCombineBatch<D>>(terms, ctas, part);
+      if (ctas.begin == told.begin && ctas.end == told.end) break;
+      ctas = told;
+    }
     if (dense && !fetched) fetch_rotation<D>(p, shared);
     fetched = true;
     if (parts > 1) {
@@ -247,7 +256,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     if (first >= num_rows) break;
     if (parts > 1 || dense) __syncthreads();  // the rows have been read
     row = find_row(p, plan, batch, first + (warp >> log_parts));
-    ctas = ctas_of(row);
+    ctas = told = ctas_of(row);
     terms = PartialTerms<D>::make(p, plan, row, log_parts);
   }
 }

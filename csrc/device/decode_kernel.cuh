@@ -59,7 +59,8 @@ constexpr uint32_t kStartBarrier = 3;  // consumers -> producer: barriers (and p
 // and at the start nothing but the barriers' initialisation holds up the first copies.
 template <typename Pipeline>
 __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
-                                        DecodeShared& shared, uint32_t stages) {
+                                        const typename Pipeline::Maps& maps, DecodeShared& shared,
+                                        uint32_t stages) {
   const int lane = threadIdx.x % kWarpSize;
   const Pipeline pipeline{{p.cache, plan, shared, stages}};
   const DecodeBatch batch = decode_batch(p, plan);
@@ -80,6 +81,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
     int next_page = load_page(first + lane);
     // The consumers are told of the segment, which takes its look-ups in memory, before its first
     // copy: they may have to free the stage for it.  But the CTA's first tiles go ahead of that.
+    // Those are few, and the next wait until one has landed: with all stages of all SMs under way at
+    // once, the look-ups and first tiles of every CTA queue behind them.
     bool told = false;
 #pragma unroll 1
     while (true) {
@@ -87,17 +90,25 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
           (started || first != reload(segment.tile_begin) || first == reload(segment.tile_end))) {
         shared.queue.push(batch, shared.share.segment, shared.queue_end);
         told = true;
+        if (!started && first != reload(segment.tile_begin)) {  // first_tiles
+          ptx::mbarrier_wait(pipeline.full(0), 0);
+        }
       }
       if (first == reload(segment.tile_end)) break;
-      const int most = told ? kWarpSize : min(kWarpSize, plan.num_stages);
+      const int most = told ? kWarpSize : min(kWarpSize, plan.first_tiles);
       const int count = min(most, reload(segment.tile_end) - first);
       const int page = next_page;
       next_page = load_page(first + count + lane);
       const int chunk = unit_place(plan, reload(segment.chunk)).head_chunk;
-      if (Pipeline::copies_whole_tiles(plan)) {
+      if (Pipeline::copies_whole_tiles(plan) || Pipeline::copies_boxes(plan)) {
         const int tile = first + lane;
         const int block = static_cast<int>(plan.block_divider.quotient(tile));
-        pipeline.copy_tiles(page, tile - block * plan.tiles_per_block, chunk, count, ring);
+        const int tile_in_block = tile - block * plan.tiles_per_block;
+        if (Pipeline::copies_boxes(plan)) {
+          pipeline.copy_boxes(maps, page, tile_in_block, chunk, count, ring);
+        } else {
+          pipeline.copy_tiles(page, tile_in_block, chunk, count, ring);
+        }
       } else {
 #pragma unroll 1
         for (int i = 0; i < count; i += pipeline.batch()) {
@@ -278,16 +289,24 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
                           reinterpret_cast<float*>(workspace + plan.partial_out), Config::D, first,
                           count, place.value_unit, state);
   }
-  if (place.team == 0 && place.slot == 0 && threadIdx.x % kWarpSize == 0) {
-    auto* range = reinterpret_cast<CtaRange*>(static_cast<uint8_t*>(p.workspace) + plan.unit_ctas) +
-                  (static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk);
-    if (segment.begins_unit) range->begin = blockIdx.x;
-    if (segment.ends_unit) range->end = blockIdx.x + 1;
-  }
   RingPosition ring = reload(scratch.ring);
   ring.advance((segment.tile_end - segment.tile_begin) % (2 * plan.num_stages), plan.num_stages);
   __syncwarp();  // all lanes have read the old position
   if (threadIdx.x % kWarpSize == 0) scratch.ring = ring;
+}
+
+// Which CTAs have a part of the segment's unit: for decode_combine, which may guess from it while
+// this kernel still runs.
+__device__ __forceinline__ void write_unit_range(const AttentionParams& p, const DecodePlan& plan,
+                                                 const WarpScratch& scratch) {
+  if (threadIdx.x % kWarpSize != 0) return;
+  const ConsumerPlace place = reload(scratch.place);
+  if (place.team != 0 || place.slot != 0) return;
+  const DecodeSegment segment = reload(scratch.segment);
+  auto* range = reinterpret_cast<CtaRange*>(static_cast<uint8_t*>(p.workspace) + plan.unit_ctas) +
+                (static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk);
+  if (segment.begins_unit) range->begin = blockIdx.x;
+  if (segment.ends_unit) range->end = blockIdx.x + 1;
 }
 
 // What a consumer warp does before the consumers' barrier: its rows of the tables, its place.
@@ -337,6 +356,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
   bool found = shared.queue.pop(scratch.segment, scratch.queue);
   ptx::wait_for_predecessor();  // decode_prepare has written q
   for (; found; found = shared.queue.pop(scratch.segment, scratch.queue)) {
+    write_unit_range(p, plan, scratch);
     DecodeState<Config> state;
     consume_segment<Config>(p, plan, scratch, smem, lane_table, at, key_codes, state);
     finish_segment<Config>(p, plan, scratch, exchange, state);
@@ -366,10 +386,14 @@ __device__ __forceinline__ void init_barriers(const DecodePlan& plan, DecodeShar
 }
 
 template <typename Config>
+using DecodePipeline = std::conditional_t<Config::kBulk, BulkPipeline, CpAsyncPipeline>;
+
+template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     decode_kernel(const __grid_constant__ AttentionParams p,
-                  const __grid_constant__ DecodePlan plan) {
-  using Pipeline = std::conditional_t<Config::kBulk, BulkPipeline, CpAsyncPipeline>;
+                  const __grid_constant__ DecodePlan plan,
+                  const __grid_constant__ typename DecodePipeline<Config>::Maps maps) {
+  using Pipeline = DecodePipeline<Config>;
   constexpr int kConsumers = Config::kWarps * kWarpSize;
   static_assert(Config::kWarps >= SegmentQueue::kLength, "a warp for each barrier of the queue");
   uint8_t* bytes = ptx::dynamic_shared();
@@ -383,7 +407,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (warp == Config::kWarps) {
       shared.share.begin(decode_batch(p, plan), plan.shares);
       ptx::named_barrier_sync(kStartBarrier, kConsumers + kWarpSize);  // the barriers are there
-      produce<Pipeline>(p, plan, shared, smem + plan.stage_offset);
+      produce<Pipeline>(p, plan, maps, shared, smem + plan.stage_offset);
       check_output_rotation<Config::D>(p, plan);
     }
   } else {

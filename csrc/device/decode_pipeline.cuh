@@ -15,10 +15,12 @@
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/smem.cuh"
+#include "../ptx/tensor_copy.cuh"
 #include "decode_key_codes.cuh"
 #include "decode_plan.h"
 #include "decode_share.cuh"
 #include "parameter_lines.cuh"
+#include "tensor_map.h"
 
 namespace tq4 {
 
@@ -76,9 +78,12 @@ struct DecodeRing {
 
 // sm_80: cp.async, 16 bytes a lane where alignment allows.
 struct CpAsyncPipeline : DecodeRing {
+  struct Maps {};
   TQ4_DEVICE static constexpr bool copies_whole_tiles(const DecodePlan&) { return false; }
   TQ4_DEVICE static constexpr bool copies_pieces(const DecodePlan&) { return false; }
+  TQ4_DEVICE static constexpr bool copies_boxes(const DecodePlan&) { return false; }
   TQ4_DEVICE static void copy_tiles(int, int, int, int, RingPosition&) {}
+  TQ4_DEVICE static void copy_boxes(const Maps&, int, int, int, int, RingPosition&) {}
   static constexpr int kFullArrivals = kWarpSize;
   TQ4_DEVICE static constexpr int batch() { return 1; }
   TQ4_DEVICE static constexpr int lane_tile() { return 0; }
@@ -128,8 +133,10 @@ struct CpAsyncPipeline : DecodeRing {
 
 // sm_90: bulk copies, one a run and repetition, one lane each.  Where a tile is a single run, one
 // lane copies tile after tile; where stages are many and small as well (few KV heads), several
-// tiles are handled a step, a lane each.
+// tiles are handled a step, a lane each.  Some heads of token-major pages are boxes of a tensor
+// map: 16 rows a copy, which takes the copy engine no longer than one of them does.
 struct BulkPipeline : DecodeRing {
+  using Maps = PageMaps;
   static constexpr int kFullArrivals = 1;
 
   __device__ __forceinline__ static bool copies_whole_tiles(const DecodePlan& plan) {
@@ -137,8 +144,9 @@ struct BulkPipeline : DecodeRing {
   }
   // copy() takes them from shared memory.
   __device__ __forceinline__ static bool copies_pieces(const DecodePlan& plan) {
-    return !copies_whole_tiles(plan);
+    return !copies_whole_tiles(plan) && !copies_boxes(plan);
   }
+  __device__ __forceinline__ static bool copies_boxes(const DecodePlan& plan) { return plan.boxes; }
 
   // `count` tiles; `page` and `tile_in_block` of tile i are lane i's, who works out where it is.
   __device__ __forceinline__ void copy_tiles(int page, int tile_in_block, int chunk, int count,
@@ -163,6 +171,34 @@ struct BulkPipeline : DecodeRing {
       if (++stage == plan.num_stages) stage = 0, parity ^= 1;
     }
     ring = {stage, parity};
+  }
+
+  // The same, of boxes.
+  __device__ __forceinline__ void copy_boxes(const Maps& maps, int page, int tile_in_block,
+                                             int chunk, int count, RingPosition& ring) const {
+    constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int its_page = __shfl_sync(kFullWarp, page, i);
+      const int token = __shfl_sync(kFullWarp, tile_in_block, i) * kTileTokens;
+      const uint32_t barrier = full(ring.stage);
+      ptx::mbarrier_wait(barrier + kEmpty, ring.parity ^ 1);  // its last readers are done
+      if (threadIdx.x % kWarpSize == 0) {
+        ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
+        const int heads = chunk * plan.heads_per_chunk;
+        const int codes = heads * plan.copy.stage.code_head_stride, norms = heads * 4;
+        const uint32_t stage = stages + ring.stage * plan.copy.stage_bytes;
+        const auto box = [&](const TensorMap& map, int to, int column) {
+          ptx::tensor_copy_once_to_shared(stage + to, map, column / kMapElementBytes, token,
+                                          its_page, barrier, ptx::read_once_policy());
+        };
+        box(maps.codes, plan.copy.stage.k_codes, cache.k_codes + codes);
+        box(maps.norms, plan.copy.stage.k_norms, cache.k_norms + norms);
+        box(maps.codes, plan.copy.stage.v_codes, cache.v_codes + codes);
+        box(maps.norms, plan.copy.stage.v_norms, cache.v_norms + norms);
+      }
+      ring.advance(1, plan.num_stages);
+    }
   }
 
   __device__ __forceinline__ int batch() const { return plan.bulk_batch; }

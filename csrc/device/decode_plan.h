@@ -94,6 +94,8 @@ constexpr int kDecodeMaxStages = 64;
 // enough to hide the latency, and at the start, when all SMs fill their stages at once, the first
 // look-ups of every CTA wait behind those copies: more bytes cost 1 to 6 % of a call.
 constexpr int kDecodeBytesAhead = 6 * 17408;
+constexpr int kFewestStages = 3;
+constexpr int kBoxesOfTile = 4;
 constexpr int kBatchStages = 20;  // with so many stages, tiles are handled in batches
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3712;  // barriers and scratch
 // Accumulator quads a lane exchanges at once (decode_merge.cuh): two barriers each time.  Bulk
@@ -148,6 +150,8 @@ struct DecodePlan {
   int32_t team_bytes, ring_bytes;  // of a stage of each team, of all stages
   int32_t bulk_batch;   // tiles that the producer handles at once, a lane each; 1: a lane a run
   int32_t whole_tiles;  // a tile is one bulk copy, and they are handled one by one
+  int32_t boxes;        // a tile is boxes of a tensor map: K codes, K norms, V codes, V norms
+  int32_t first_tiles;  // that a CTA copies before it has seen the first of them land
   int32_t tiles_per_block;
   Divider block_divider;  // by tiles_per_block
   int32_t segment_cost;
@@ -352,6 +356,33 @@ inline int tile_wavefronts(const StageView& stage, const TokenMap& map) {
   return total;
 }
 
+// Whether bulk copies of some KV heads' rows can be boxes of a tensor map.
+inline bool takes_boxes(const PageView& view) {
+  return is_token_major(view) && takes_bulk_fields(view) && view.num_kv_heads % 4 == 0;
+}
+
+// The boxes of one tile of a chunk of heads, all of them or a multiple of 4.  Rows of 0 modulo 128
+// bytes would all begin on the same bank: boxes then have half as many bytes more, of the next
+// heads.
+inline TileCopy make_box_copy(const PageView& view, int heads_per_chunk) {
+  const int codes = heads_per_chunk * view.head_dim / 2, pitch = codes + (codes % 128 == 0 ? 64 : 0);
+  const int norms = round_up(heads_per_chunk * 4, kNormBoxBytes);
+  TileCopy copy{};
+  copy.num_runs = 4;
+  copy.reps = 1;
+  copy.width = 16;
+  StageView& stage = copy.stage;
+  stage.v_codes = kTileTokens * pitch;
+  stage.k_norms = 2 * stage.v_codes;
+  stage.v_norms = stage.k_norms + kTileTokens * norms;
+  stage.code_token_stride = pitch;
+  stage.code_head_stride = view.head_dim / 2;
+  stage.norm_token_stride = norms;
+  stage.norm_head_stride = 4;
+  copy.bytes = copy.stage_bytes = 2 * kTileTokens * (pitch + norms);
+  return copy;
+}
+
 // The best of a few maps for the stage's strides.  K wants columns 2q, 2q + 1 on different halves
 // of the banks; V wants columns b, 2 + b, 4 + b, 6 + b on different quarters.
 template <int D>
@@ -438,12 +469,14 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   // chunk of heads only those.  The latter are pieces of rows in token-major pages, for which bulk
   // copies are too small: 32 rows of 8 heads took 3.6 times as long (docs/tuning.md).
   const bool whole_rows = bulk && is_token_major(view);
+  const bool may_box = bulk && takes_boxes(view);
   const int first_groups = whole_rows ? 1 : row_groups;
   plan.num_stages = 0;
   // As many KV heads a CTA as there are warps for: the fewer chunks, the longer the runs that are
   // copied, and the fewer partial results.
   for (int heads = std::min(view.num_kv_heads, plan.warps / first_groups); heads > 0; --heads) {
     if (view.num_kv_heads % heads != 0) continue;
+    if (may_box && heads < view.num_kv_heads && heads % 4 != 0) continue;
     plan.row_groups = std::min(row_groups, plan.warps / heads);
     plan.row_chunks = ceil_div(row_groups, plan.row_groups);
     plan.row_groups = ceil_div(row_groups, plan.row_chunks);
@@ -455,6 +488,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     plan.teams = plan.warps / plan.slots;
     plan.copy = make_tile_copy(view, heads, true);
     plan.wide = is_wide(plan.copy.stage, view.head_dim);
+    plan.boxes = may_box && plan.copy.num_pieces() > kBoxesOfTile;
+    if (plan.boxes) plan.copy = make_box_copy(view, heads);
     if (bulk && plan.copy.width != 16) return false;
     if (!bulk && !plan.wide) {
       plan.copy = make_tile_copy(view, heads, false);
@@ -468,12 +503,13 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
         decode_merge_offset(plan.mode) + round_up(senders * merge_area_bytes(bulk, octets), 128);
     plan.num_stages =
         std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
-    if (plan.num_stages >= 3) break;
+    if (plan.num_stages >= kFewestStages) break;
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
   if (bulk) {  // but one stage a team to work on, and one to come
     plan.num_stages = std::min(plan.num_stages,
-                               std::max(kDecodeBytesAhead / plan.copy.stage_bytes, 2 * plan.teams));
+                               std::max({kDecodeBytesAhead / plan.copy.stage_bytes, 2 * plan.teams,
+                                         kFewestStages}));
   }
   // A stage always belongs to the same team: one that sees only every other filling of it could
   // take an old one for its own, as both end a phase of the same parity.
@@ -483,6 +519,7 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   plan.bulk_batch =
       plan.copy.num_pieces() == 1 && plan.num_stages >= kBatchStages ? plan.num_stages / 6 : 1;
   plan.whole_tiles = plan.bulk_batch == 1 && plan.copy.num_pieces() == 1;
+  plan.first_tiles = bulk ? plan.teams : plan.num_stages;
   return plan.num_stages >= 2;
 }
 
@@ -571,9 +608,10 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.prepare_grid = static_cast<int32_t>(
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
   // A row takes little without a matrix: fewer CTAs, whose SMs start that little later.
-  if (plan.light_prepare && prepare_blocks > p.num_sms / 32) {
-    plan.prepare_grid =
-        static_cast<int32_t>(std::min<int64_t>(ceil_div<int64_t>(prepare_blocks, 3), p.num_sms));
+  if (plan.light_prepare) {
+    const int blocks_per_cta = prepare_blocks > p.num_sms / 32 ? 3 : 2;
+    plan.prepare_grid = static_cast<int32_t>(
+        std::min<int64_t>(ceil_div<int64_t>(prepare_blocks, blocks_per_cta), p.num_sms));
   }
   plan.grid = p.num_sms - (prepare_blocks <= p.num_sms / 32 ? plan.prepare_grid : 0);
 

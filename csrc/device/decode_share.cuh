@@ -69,8 +69,14 @@ struct alignas(16) ShareWalk {
     start.end = share.length;
     start.seq = batch.num_seqs;
     int window = 0, before = 0;  // cost of the sequences before the window
+    const bool alone = batch.num_seqs == 1 && start.end > 0;
+    if (alone) {  // nothing to look for
+      const int cost = __shfl_sync(kFullWarp, own, 0);
+      start.seq = 0;
+      start.enter(cost, cost, share.begin, batch.num_chunks);
+    }
 #pragma unroll 1
-    while (start.end > 0) {
+    while (!alone && start.end > 0) {
       const int cost = batch.unit_cost(range);
       int sum = cost;
 #pragma unroll 1

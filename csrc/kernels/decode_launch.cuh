@@ -6,14 +6,20 @@
 #include "../device/decode_kernel.cuh"
 #include "../device/launch.h"
 #include "head_dim.h"
+#include "page_maps.h"
 
 namespace tq4 {
 
 template <int D, DecodeMode kMode, bool kBulk, bool kWide>
 void launch_decode_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   using Config = DecodeConfig<D, kMode, kBulk, kWide>;
+  typename DecodePipeline<Config>::Maps maps{};
+  if constexpr (kBulk) {
+    if (plan.boxes) maps = sm90::make_page_maps(p.cache, plan.copy.stage);
+  }
   launch_dependent_kernel(plan.overlapped, decode_kernel<Config>, dim3(plan.grid),
-                          dim3(Config::kThreads), plan.smem_bytes, stream, p, plan);
+                          dim3(Config::kThreads), plan.smem_bytes, stream, p, plan,
+                          maps);
 }
 
 template <int D, bool kBulk, bool kWide>

@@ -1,17 +1,13 @@
 // Decode of short contexts by clusters of CTAs: sm_90a.
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
-#include <string>
 
 #include "../device/decode_cluster.cuh"
 #include "../device/launch.h"
 #include "decode_steps.h"
+#include "page_maps.h"
 
 namespace tq4::sm90 {
 namespace {
@@ -48,46 +44,6 @@ uint32_t count_clusters(const void* kernel, int threads, int smem_bytes) {
   return counts;
 }
 
-// The driver's function, which is found without linking to the driver.
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static std::atomic<void*> known{nullptr};
-  void* function = known.load(std::memory_order_relaxed);
-  if (function == nullptr) {
-    cudaDriverEntryPointQueryResult found{};
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &found),
-               "finding cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-    }
-    known.store(function, std::memory_order_relaxed);
-  }
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
-// The pages as an array of bytes [num_blocks, block_size, row], in boxes of 16 rows of `box_bytes`.
-TensorMap make_page_map(const PageView& view, int box_bytes) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(view.code_token_stride),
-                              static_cast<cuuint64_t>(view.block_size),
-                              static_cast<cuuint64_t>(std::max(view.num_blocks, 1))};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(view.code_token_stride),
-                                static_cast<cuuint64_t>(view.block_stride)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_bytes), kTileTokens, 1};
-  const cuuint32_t steps[] = {1, 1, 1};
-  CUtensorMap map;
-  const CUresult status =
-      tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, view.base, sizes, strides, box,
-                           steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                           CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status));
-  }
-  TensorMap same;
-  static_assert(sizeof(same) == sizeof(map), "the driver's type");
-  std::memcpy(&same, &map, sizeof(same));
-  return same;
-}
-
 template <int D, bool kBoxes>
 void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   using Config = ClusterConfig<D, kBoxes>;
@@ -114,10 +70,8 @@ void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stre
     if (static_cast<int>(known >> (8 * i) & 255) >= clusters) sized.cluster = kLargeSizes[i];
   }
   const cudaLaunchAttribute attribute = cluster_attribute(sized.cluster);
-  ClusterMaps maps{};
-  if constexpr (kBoxes) {
-    maps = {make_page_map(p.cache, D / 2), make_page_map(p.cache, kNormBoxBytes)};
-  }
+  PageMaps maps{};
+  if constexpr (kBoxes) maps = make_page_maps(p.cache, plan.copy.stage);
   launch_kernel_with(&attribute, 1, kernel, dim3(clusters * sized.cluster), dim3(Config::kThreads),
                      kSmemBytes, stream, p, sized, maps);
 }

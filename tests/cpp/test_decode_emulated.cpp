@@ -63,12 +63,28 @@ constexpr float kCentroids[16] = {-2.733f, -2.069f, -1.618f, -1.256f, -0.942f, -
 constexpr int kCodes[16] = {-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104};
 constexpr float kCodeUnit = 2.733f / 104.f;
 
+tq4::PageMaps make_page_maps(const tq4::PageView& view, const tq4::StageView& stage) {
+  const auto map = [&](int box_bytes) {
+    return tq4::ptx::emulated_tensor_map(
+        view.base,
+        {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_size),
+         static_cast<uint64_t>(view.num_blocks)},
+        {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_stride)},
+        {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
+  };
+  return {map(stage.code_token_stride), map(stage.norm_token_stride)};
+}
+
 template <int D>
 void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
   using tq4::DecodeMode;
   const auto go = [&](auto config) {
     using Config = decltype(config);
-    emulation::launch(tq4::decode_kernel<Config>, plan.grid, Config::kThreads, p, plan);
+    typename tq4::DecodePipeline<Config>::Maps maps{};
+    if constexpr (Config::kBulk) {
+      if (plan.boxes) maps = make_page_maps(p.cache, plan.copy.stage);
+    }
+    emulation::launch(tq4::decode_kernel<Config>, plan.grid, Config::kThreads, p, plan, maps);
   };
   if (plan.mode == DecodeMode::kFp16Rows8)
     return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
@@ -94,23 +110,13 @@ void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int row
     if constexpr (D == 64 || D == 128) {
       tq4::DecodePlan one = plan;
       one.cluster = 1;
-      const tq4::PageView& view = p.cache;
-      const auto map = [&](int box_bytes) {
-        return tq4::ptx::emulated_tensor_map(
-            view.base,
-            {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_size),
-             static_cast<uint64_t>(view.num_blocks)},
-            {static_cast<uint64_t>(view.code_token_stride),
-             static_cast<uint64_t>(view.block_stride)},
-            {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
-      };
-      const auto go = [&](auto config, const tq4::ClusterMaps& maps) {
+      const auto go = [&](auto config, const tq4::PageMaps& maps) {
         using Config = decltype(config);
         emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
                           Config::kThreads, p, one, maps);
       };
       if (plan.cluster_copy == tq4::ClusterCopy::kBoxes) {
-        go(tq4::ClusterConfig<D, true>{}, {map(D / 2), map(tq4::kNormBoxBytes)});
+        go(tq4::ClusterConfig<D, true>{}, make_page_maps(p.cache, plan.copy.stage));
       } else {
         go(tq4::ClusterConfig<D, false>{}, {});
       }
@@ -474,7 +480,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   std::printf(
       "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s%s)\n",
       name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
-      plan.copy.num_runs, plan.copy.reps, plan.copy.width, plan.bulk ? "bulk" : "cp.async",
+      plan.copy.num_runs, plan.copy.reps, plan.copy.width,
+      plan.boxes ? "boxes" : plan.bulk ? "bulk" : "cp.async",
       int8x2 ? ", int8x2" : "");
   if (!(relative < bound)) {
     std::printf(
@@ -521,8 +528,8 @@ Case random_case(Random* random) {
   };
   Case c;
   c.head_dim = pick(64, 96, 128, 128, 256);
-  c.num_kv_heads = pick(1, 2, 3, 4, 5, 8);
-  c.group = pick(1, 2, 4, 7, 8);
+  c.num_kv_heads = pick(1, 2, 3, 4, 5, 8, 8, 20);
+  c.group = c.num_kv_heads == 20 ? pick(1, 2) : pick(1, 2, 4, 7, 8);
   c.max_query_len = pick(1, 1, 1, 2, 3, 8);
   while (c.group * c.max_query_len > 64) c.max_query_len /= 2;
   c.lengths.clear();
@@ -586,6 +593,18 @@ int main(int argc, char** argv) {
   test("3 heads, 5 rows", [](Case& c) { c.num_kv_heads = 3, c.group = 5, c.lengths = {50}; });
   test("18 heads",
        [](Case& c) { c.num_kv_heads = 18, c.group = 1, c.lengths = {20, 30}, c.num_sms = 5; });
+  for (int head_dim : {64, 96, 128, 256}) {
+    test("32 heads", [&](Case& c) {
+      c.head_dim = head_dim, c.num_kv_heads = 32, c.group = 1, c.lengths = {20, 70};
+      c.num_sms = 5, c.queries = {2, 1}, c.max_query_len = 2;
+    });
+  }
+  test("40 heads, 48", [](Case& c) {
+    c.num_kv_heads = 40, c.group = 1, c.lengths = {50, 3, 100}, c.num_sms = 3, c.block_size = 48;
+  });
+  test("16 heads, exact", [](Case& c) {
+    c.num_kv_heads = 16, c.group = 12, c.int8 = false, c.lengths = {50, 3};
+  });
   test("20 heads apart", [](Case& c) {
     c.num_kv_heads = 20, c.group = 1, c.lengths = {20, 30}, c.layout = Layout::kHeadMajorApart;
   });

@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "device/decode_plan.h"
+#include "device/tensor_map.h"
 #include "layout.h"
 #include "segment_walk.h"
 
@@ -37,6 +38,30 @@ void check_decode_map() {
   CHECK(value_bytes.size() == D / 2 && *value_bytes.rbegin() == D / 2 - 1);
 }
 
+// Boxes as the copy engine wants them, each with the fields of all heads of a chunk.
+void check_boxes(const tq4::PageView& view, const tq4::DecodePlan& plan) {
+  const tq4::StageView& stage = plan.copy.stage;
+  const int heads = plan.heads_per_chunk;
+  CHECK(plan.bulk && tq4::is_token_major(view) && !plan.whole_tiles && plan.bulk_batch == 1);
+  CHECK(heads == view.num_kv_heads || heads % 4 == 0);
+  CHECK(stage.code_token_stride % 16 == 0 && stage.code_token_stride % 128 != 0);
+  CHECK(stage.code_token_stride >= heads * view.head_dim / 2);
+  CHECK(stage.code_token_stride <= 256 * tq4::kMapElementBytes);
+  CHECK(stage.norm_token_stride % 16 == 0 && stage.norm_token_stride >= heads * 4);
+  CHECK(stage.code_head_stride == view.head_dim / 2 && stage.norm_head_stride == 4);
+  const int codes = tq4::kTileTokens * stage.code_token_stride;
+  const int norms = tq4::kTileTokens * stage.norm_token_stride;
+  CHECK(stage.k_codes == 0 && stage.v_codes == codes);
+  CHECK(stage.k_norms == 2 * codes && stage.v_norms == 2 * codes + norms);
+  CHECK(plan.copy.bytes == 2 * (codes + norms) && plan.copy.stage_bytes == plan.copy.bytes);
+  for (const int field : {stage.k_codes, stage.v_codes, stage.k_norms, stage.v_norms}) {
+    CHECK(field % 128 == 0);
+  }
+  for (const int field : {view.k_codes, view.v_codes, view.k_norms, view.v_norms}) {
+    CHECK(field % 16 == 0);
+  }
+}
+
 // A page of random bytes, copied tile by tile as the plan says; every field must arrive.
 void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::DecodePlan& plan,
                 Random* random) {
@@ -45,6 +70,7 @@ void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::Decode
   const tq4::TileCopy& copy = plan.copy;
   const tq4::StageView& stage = copy.stage;
   const int codes = view.head_dim / 2;
+  if (plan.boxes) return check_boxes(view, plan);
   for (int tile = 0; tile < plan.tiles_per_block; ++tile) {
     for (int chunk = 0; chunk < plan.num_chunks / plan.row_chunks; ++chunk) {
       std::vector<uint8_t> staged(copy.stage_bytes, 0);
@@ -165,9 +191,11 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   CHECK(plan.smem_bytes == plan.stage_offset + plan.num_stages * plan.copy.stage_bytes);
   const int room = (tq4::decode_smem_limit(arch) - plan.stage_offset) / plan.copy.stage_bytes;
   if (plan.bulk) {  // no more bytes ahead than do any good, but two stages a team
-    const int wanted = tq4::kDecodeBytesAhead / plan.copy.stage_bytes;
+    const int wanted =
+        std::max(tq4::kDecodeBytesAhead / plan.copy.stage_bytes, tq4::kFewestStages);
     CHECK(plan.num_stages <= std::max(wanted, 2 * plan.teams));
     CHECK(plan.num_stages >= std::min(2 * plan.teams, room - room % plan.teams));
+    CHECK(plan.first_tiles >= 1 && plan.first_tiles <= plan.num_stages);
     CHECK(plan.num_stages + plan.teams >
           std::min({room, tq4::kDecodeMaxStages, std::max(wanted, 2 * plan.teams)}));
     // In a batch each lane's position is at most twice around (RingPosition::advance).
@@ -220,7 +248,7 @@ void check_stages() {
 void check_plans() {
   Random random(3);
   for (int head_dim : {64, 96, 128, 256}) {
-    for (int heads : {1, 2, 8}) {
+    for (int heads : {1, 2, 8, 32}) {
       for (int block_size : {16, 64}) {
         const auto both = [&](const tq4::PageView& view, int64_t page_bytes) {
           for (int group : {1, 4}) {
