@@ -58,6 +58,12 @@ def source_hash(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def age_note(data: dict[str, Any]) -> str:
+    """What a table of this record has to say beside its date: nothing if these sources made it."""
+    made_from = data["source_hash"]
+    return "" if made_from == source_hash() else f", with earlier sources ({made_from[:12]}) than these"
+
+
 def check_package_matches_tree(root: Path = ROOT) -> None:
     """The imported tq4 must be this tree's, else the hash would vouch for code that was not measured.
 

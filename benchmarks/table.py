@@ -98,7 +98,7 @@ def render_record(data: dict[str, Any]) -> str:
             lines.append(f"| {name_of(impl)} | " + " | ".join(values) + " |")
         parts.append("\n".join(lines))
     versions = ", ".join(f"{name} {data[name]}" for name in ("driver", "torch", "triton"))
-    return "\n\n".join([*parts, f"{data['gpu']}, {versions}, {data['date']}."])
+    return "\n\n".join([*parts, f"{data['gpu']}, {versions}, {data['date']}{record.age_note(data)}."])
 
 
 def render(directory: Path = record.RESULTS, gpu: str | None = None) -> dict[str, str]:

@@ -74,7 +74,8 @@ def render_transformers(data: dict[str, Any]) -> str:
     notes = [
         f"{data['scored']} tokens in windows of {settings['window']}, each next token given the same text; "
         f"{settings['generate']} greedy tokens from each of {settings['prompts']} prompts. {data['gpu']}, "
-        f"{settings['dtype']}, torch {data['torch']}, transformers {data['transformers']}, {data['date']}."
+        f"{settings['dtype']}, torch {data['torch']}, transformers {data['transformers']}, {data['date']}"
+        f"{record.age_note(data)}."
     ]
     scores = data.get("int8_vs_fp16")
     if scores:

@@ -173,6 +173,11 @@ def test_table_in_the_readme(scripts, tmp_path: Path) -> None:
     text = readme.read_text()
     assert "| | 1K | 16K |" in text and "| **tq4, CUDA** | 16 | 256 |" in text and "NVIDIA H200" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "2026-01-01, with earlier sources (x) than these." in text
+    path = next(results.glob("*.json"))
+    path.write_text(path.read_text().replace('"x"', f'"{record.source_hash()}"'))
+    assert table.main([*args, "--check"]) == 1 and table.main([*args, "--write"]) == 0
+    assert "2026-01-01." in readme.read_text() and "earlier sources" not in readme.read_text()
     readme.write_text("<!-- benchmark:decode -->\n<!-- /benchmark:decode -->\n")
     with pytest.raises(ValueError, match="no record"):
         table.main([*args, "--check"])

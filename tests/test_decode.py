@@ -89,7 +89,7 @@ def test_short_contexts(case: Case, target: Target) -> None:
     verify(case, target, "decode")
 
 
-# ------------------------------------------------------------------- more KV heads or rows than warps for them
+# ------------------------------------------------------------------ more KV heads or rows than warps for them
 
 # A CTA then has some of the heads, copied in boxes from token-major pages, or some of the query rows.
 _MANY = Case(head_dim=128, kv_heads=32, group=1, seq_lens=(700, 0, 1, 90), query_lens=(1,) * 4)

@@ -81,8 +81,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
     int next_page = load_page(first + lane);
     // The consumers are told of the segment, which takes its look-ups in memory, before its first
     // copy: they may have to free the stage for it.  But the CTA's first tiles go ahead of that.
-    // Those are few, and the next wait until one has landed: with all stages of all SMs under way at
-    // once, the look-ups and first tiles of every CTA queue behind them.
+    // Those are few, and the next wait until one has landed: with all stages of all SMs under way
+    // at once, the look-ups and first tiles of every CTA queue behind them.
     bool told = false;
 #pragma unroll 1
     while (true) {

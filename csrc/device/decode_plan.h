@@ -78,6 +78,7 @@ constexpr int64_t kClusterMostKeys = 16384;
 // A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes
 // norms from rows in boxes of 16 bytes, those of 4 heads.
 constexpr int kNormBoxBytes = 16;
+constexpr int kBoxesOfTile = 4;
 constexpr int cluster_tile_bytes(int head_dim) {
   return kTileTokens * (head_dim + 2 * kNormBoxBytes);
 }
@@ -94,8 +95,7 @@ constexpr int kDecodeMaxStages = 64;
 // enough to hide the latency, and at the start, when all SMs fill their stages at once, the first
 // look-ups of every CTA wait behind those copies: more bytes cost 1 to 6 % of a call.
 constexpr int kDecodeBytesAhead = 6 * 17408;
-constexpr int kFewestStages = 3;
-constexpr int kBoxesOfTile = 4;
+constexpr int kFewestStages = 3;  // with fewer, rather fewer heads a CTA
 constexpr int kBatchStages = 20;  // with so many stages, tiles are handled in batches
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3712;  // barriers and scratch
 // Accumulator quads a lane exchanges at once (decode_merge.cuh): two barriers each time.  Bulk
@@ -161,7 +161,7 @@ struct DecodePlan {
   // For the combine kernel: by max_query_len * num_q_heads, num_q_heads, group, heads_per_chunk.
   Divider seq_divider, query_divider, group_divider, chunk_divider;
   Divider row_divider, row_chunk_divider;  // by rows_per_chunk, row_chunks
-  int32_t stage_offset, smem_bytes;  // shared memory
+  int32_t stage_offset, smem_bytes;        // shared memory
   // Rows of q in the workspace, Hq a token: T tokens or, where only sequences of up to
   // short_query_len tokens count, so many for each of B sequences, used or not.
   int64_t query_rows;
@@ -361,11 +361,12 @@ inline bool takes_boxes(const PageView& view) {
   return is_token_major(view) && takes_bulk_fields(view) && view.num_kv_heads % 4 == 0;
 }
 
-// The boxes of one tile of a chunk of heads, all of them or a multiple of 4.  Rows of 0 modulo 128
-// bytes would all begin on the same bank: boxes then have half as many bytes more, of the next
-// heads.
+// The boxes of one tile of a chunk of heads, all of them or a multiple of 4.  Where rows would all
+// begin on the same bank, boxes of codes are 64 bytes wider: with codes of the next heads, or
+// whatever follows.
 inline TileCopy make_box_copy(const PageView& view, int heads_per_chunk) {
-  const int codes = heads_per_chunk * view.head_dim / 2, pitch = codes + (codes % 128 == 0 ? 64 : 0);
+  const int codes = heads_per_chunk * view.head_dim / 2;
+  const int pitch = codes + (codes % 128 == 0 ? 64 : 0);
   const int norms = round_up(heads_per_chunk * 4, kNormBoxBytes);
   TileCopy copy{};
   copy.num_runs = 4;
@@ -480,8 +481,7 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     plan.row_groups = std::min(row_groups, plan.warps / heads);
     plan.row_chunks = ceil_div(row_groups, plan.row_groups);
     plan.row_groups = ceil_div(row_groups, plan.row_chunks);
-    plan.rows_per_chunk =
-        plan.row_chunks == 1 ? plan.max_rows : 8 * octets * plan.row_groups;
+    plan.rows_per_chunk = plan.row_chunks == 1 ? plan.max_rows : 8 * octets * plan.row_groups;
     plan.heads_per_chunk = heads;
     plan.num_chunks = view.num_kv_heads / heads * plan.row_chunks;
     plan.slots = heads * plan.row_groups;
@@ -507,9 +507,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   }
   plan.teams = std::min(plan.teams, plan.num_stages);
   if (bulk) {  // but one stage a team to work on, and one to come
-    plan.num_stages = std::min(plan.num_stages,
-                               std::max({kDecodeBytesAhead / plan.copy.stage_bytes, 2 * plan.teams,
-                                         kFewestStages}));
+    plan.num_stages = std::min(plan.num_stages, std::max({kDecodeBytesAhead / plan.copy.stage_bytes,
+                                                          2 * plan.teams, kFewestStages}));
   }
   // A stage always belongs to the same team: one that sees only every other filling of it could
   // take an old one for its own, as both end a phase of the same parity.
@@ -607,7 +606,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   const int64_t half = std::max(1, p.num_sms / 2);
   plan.prepare_grid = static_cast<int32_t>(
       std::min<int64_t>(prepare_blocks, prepare_blocks <= 2 * half ? half : p.num_sms));
-  // A row takes little without a matrix: fewer CTAs, whose SMs start that little later.
+  // A row takes little without a matrix: fewer CTAs, whose SMs start that little later, or are not
+  // there for the main kernel.
   if (plan.light_prepare) {
     const int blocks_per_cta = prepare_blocks > p.num_sms / 32 ? 3 : 2;
     plan.prepare_grid = static_cast<int32_t>(

@@ -18,8 +18,7 @@ void launch_decode_config(const AttentionParams& p, const DecodePlan& plan, Stre
     if (plan.boxes) maps = sm90::make_page_maps(p.cache, plan.copy.stage);
   }
   launch_dependent_kernel(plan.overlapped, decode_kernel<Config>, dim3(plan.grid),
-                          dim3(Config::kThreads), plan.smem_bytes, stream, p, plan,
-                          maps);
+                          dim3(Config::kThreads), plan.smem_bytes, stream, p, plan, maps);
 }
 
 template <int D, bool kBulk, bool kWide>

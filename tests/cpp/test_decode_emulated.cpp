@@ -481,7 +481,9 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
       "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s%s)\n",
       name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
       plan.copy.num_runs, plan.copy.reps, plan.copy.width,
-      plan.boxes ? "boxes" : plan.bulk ? "bulk" : "cp.async",
+      plan.boxes  ? "boxes"
+      : plan.bulk ? "bulk"
+                  : "cp.async",
       int8x2 ? ", int8x2" : "");
   if (!(relative < bound)) {
     std::printf(
@@ -602,9 +604,8 @@ int main(int argc, char** argv) {
   test("40 heads, 48", [](Case& c) {
     c.num_kv_heads = 40, c.group = 1, c.lengths = {50, 3, 100}, c.num_sms = 3, c.block_size = 48;
   });
-  test("16 heads, exact", [](Case& c) {
-    c.num_kv_heads = 16, c.group = 12, c.int8 = false, c.lengths = {50, 3};
-  });
+  test("16 heads, exact",
+       [](Case& c) { c.num_kv_heads = 16, c.group = 12, c.int8 = false, c.lengths = {50, 3}; });
   test("20 heads apart", [](Case& c) {
     c.num_kv_heads = 20, c.group = 1, c.lengths = {20, 30}, c.layout = Layout::kHeadMajorApart;
   });

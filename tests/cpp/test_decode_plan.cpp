@@ -191,8 +191,7 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   CHECK(plan.smem_bytes == plan.stage_offset + plan.num_stages * plan.copy.stage_bytes);
   const int room = (tq4::decode_smem_limit(arch) - plan.stage_offset) / plan.copy.stage_bytes;
   if (plan.bulk) {  // no more bytes ahead than do any good, but two stages a team
-    const int wanted =
-        std::max(tq4::kDecodeBytesAhead / plan.copy.stage_bytes, tq4::kFewestStages);
+    const int wanted = std::max(tq4::kDecodeBytesAhead / plan.copy.stage_bytes, tq4::kFewestStages);
     CHECK(plan.num_stages <= std::max(wanted, 2 * plan.teams));
     CHECK(plan.num_stages >= std::min(2 * plan.teams, room - room % plan.teams));
     CHECK(plan.first_tiles >= 1 && plan.first_tiles <= plan.num_stages);

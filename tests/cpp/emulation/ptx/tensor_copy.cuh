@@ -7,8 +7,8 @@
 
 namespace tq4::ptx {
 
-// Bytes [sizes[2], sizes[1], sizes[0]], in elements of kMapElementBytes, with rows strides[0] and planes strides[1] apart; a box has
-// box[1] rows of box[0] bytes.
+// Bytes [sizes[2], sizes[1], sizes[0]], in elements of kMapElementBytes, with rows strides[0] and
+// planes strides[1] apart; a box has box[1] rows of box[0] bytes.
 inline TensorMap emulated_tensor_map(const void* base, const std::array<uint64_t, 3>& sizes,
                                      const std::array<uint64_t, 2>& strides,
                                      const std::array<uint64_t, 2>& box) {
@@ -24,8 +24,7 @@ inline void prefetch_tensor_map(const TensorMap&) {}
 inline void tensor_copy_once_to_shared(uint32_t dst, const TensorMap& map, int x, int y, int z,
                                        uint32_t barrier, uint64_t) {
   const auto& w = map.words;
-  if (dst % 128 != 0 || x * kMapElementBytes % 16 != 0)
-    emulation::fail("misaligned tensor copy");
+  if (dst % 128 != 0 || x * kMapElementBytes % 16 != 0) emulation::fail("misaligned tensor copy");
   auto& machine = emulation::machine();
   static int queue = 0;
   const uint32_t bytes = static_cast<uint32_t>(w[6] * w[7]);
