@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 import types
@@ -15,6 +16,7 @@ from support import Case, make_case
 from support_attention import on_targets
 from tq4 import dispatch, ops
 from tq4.backends import cuda as cuda_backend
+from tq4.environment import variable
 from tq4.layout import HEAD_MAJOR, TOKEN_MAJOR
 from tq4.rotation import as_matrix
 
@@ -221,6 +223,20 @@ def test_a_raw_tensor_and_its_paged_cache_are_the_same_thing():
     assert torch.equal(tq4.prefill(case.q, case.cache, *arguments), expected)
 
 
+def test_out_is_a_plain_contiguous_tensor():
+    """Whatever the strides and the class of q."""
+
+    class Other(torch.Tensor):
+        pass
+
+    case = make_case(head_dim=64, kv_lens=(20,), q_lens=(3,))
+    expected = case.attend()
+    transposed = case.q.transpose(0, 1).contiguous().transpose(0, 1)
+    for q in (transposed, transposed.as_subclass(Other), torch.nn.Parameter(case.q, requires_grad=False)):
+        out = case.attend(q=q)
+        assert type(out) is torch.Tensor and out.is_contiguous() and torch.equal(out, expected)
+
+
 # ---- Dispatch.
 
 
@@ -347,6 +363,20 @@ def test_set_backend_refuses_what_this_machine_cannot_do():
     assert tq4.get_backend() == "auto"
 
 
+def test_environment_variables_are_read_in_every_call(monkeypatch):
+    name = "TQ4_TEST_VARIABLE"
+    monkeypatch.delenv(name, raising=False)
+    assert variable(name) is None
+    for text in ("x", "", "\u00e4"):
+        monkeypatch.setenv(name, text)
+        assert variable(name) == text
+    monkeypatch.delenv(name)
+    assert variable(name) is None
+    # Something else in its place, as some test tools do.
+    monkeypatch.setattr(os, "environ", {name: "y"})
+    assert variable(name) == "y" and variable("TQ4_BACKEND") is None
+
+
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -434,6 +464,32 @@ def test_cuda_backend_copies_rows_that_are_not_aligned():
 
 def test_schemas_are_kept_in_one_place():
     assert set(ops.SCHEMAS) == set(OPS)
+
+
+@pytest.mark.parametrize("name", ("prefill", "decode"))
+def test_cuda_backend_hands_the_options_on(name, monkeypatch):
+    """Each under its own name, from the call of the op to that of the extension."""
+    arguments = op_arguments(name)
+    seen = []
+    fake = types.SimpleNamespace(default=lambda *args: seen.extend(args))
+    monkeypatch.setattr(cuda_backend.torch.ops, "tq4_cuda", types.SimpleNamespace(**{name: fake}))
+    monkeypatch.setattr(dispatch, "resolve", lambda number, device: (cuda_backend, {"path": 1}))
+    options = {
+        "causal": False,
+        "window_left": 7,
+        "window_right": 5,
+        "softcap": 2.5,
+        "max_query_len": 3,
+        "int8": False,
+    }
+    for given in (options, {}):
+        seen.clear()
+        getattr(torch.ops.tq4, name)(*arguments, **given)
+        schema = getattr(torch.ops.tq4, name).default._schema.arguments[:-1]
+        expected = [*arguments, *({a.name: a.default_value for a in schema[16:]} | given).values(), 1]
+        for argument, actual, value in zip((*(a.name for a in schema), "path"), seen, expected, strict=True):
+            # Rotations may be matrices made of signs, rows may be copied: here neither is.
+            assert actual is value if isinstance(value, torch.Tensor) else actual == value, argument
 
 
 def test_cuda_backend_hands_the_arguments_on(monkeypatch):

@@ -7,6 +7,10 @@ and what came.
 The checks look at metadata only (dtype, shape, strides, device): no tensor operation, no synchronisation, a
 few microseconds.  Contents (block_table, slot_mapping, lengths, signs, key codes) are checked as well where
 that is free, on CPU tensors, and on CUDA tensors with ``TQ4_DEBUG=1``, which synchronises.
+
+The checks run in every call, so they find the usual, good case with as few reads of a tensor as possible
+(each takes 0.05 to 0.25 us; ``stride()[-1]`` half of ``stride(-1)``) and look for what is wrong only
+otherwise.
 """
 
 from __future__ import annotations
@@ -23,6 +27,44 @@ from .rotation import has_hadamard
 
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _QUERY_DTYPES = (torch.float16, torch.bfloat16)
+
+# Tensors that have to be on the device of the op's first, in the order in which they are looked at.
+_STORE_TENSORS = (
+    "value",
+    "cache",
+    "slot_mapping",
+    "k_rotation",
+    "v_rotation",
+    "k_centroids",
+    "k_boundaries",
+    "v_centroids",
+    "v_boundaries",
+)
+_GATHER_TENSORS = (
+    "block_table",
+    "seq_lens",
+    "out_start_loc",
+    "k_rotation",
+    "v_rotation",
+    "k_centroids",
+    "v_centroids",
+    "key",
+    "value",
+)
+_ATTENTION_TENSORS = (
+    "cache",
+    "block_table",
+    "seq_lens",
+    "query_start_loc",
+    "q_rotation",
+    "out_rotation",
+    "k_centroids",
+    "k_codes",
+    "v_centroids",
+    "out",
+    "lse",
+    "sinks",
+)
 
 
 def check_store(
@@ -48,15 +90,11 @@ def check_store(
     """
     device = key.device
     tokens, heads, dim = _vectors("key", key, _INPUT_DTYPES)
-    _dtype("value", value, (key.dtype,), " (the dtype of key)")
-    _same_shape("value", value, key, "key")
+    _like("value", value, key, "key")
     _last_contiguous("value", value)
     view = _cache(cache, heads, dim)
-    _dtype("slot_mapping", slot_mapping, (torch.int64,))
-    _shape("slot_mapping", slot_mapping, (tokens,), "[num_tokens]")
-    _contiguous("slot_mapping", slot_mapping)
-    _rotation("k_rotation", k_rotation, dim)
-    _rotation("v_rotation", v_rotation, dim)
+    _exact("slot_mapping", slot_mapping, torch.int64, (tokens,), "[num_tokens]")
+    _rotations("k_rotation", k_rotation, "v_rotation", v_rotation, dim)
     _table("k_centroids", k_centroids, NUM_CENTROIDS)
     _table("k_boundaries", k_boundaries, NUM_BOUNDARIES)
     _table("v_centroids", v_centroids, NUM_CENTROIDS)
@@ -64,15 +102,18 @@ def check_store(
     _devices(
         device,
         "key",
-        value=value,
-        cache=cache,
-        slot_mapping=slot_mapping,
-        k_rotation=k_rotation,
-        v_rotation=v_rotation,
-        k_centroids=k_centroids,
-        k_boundaries=k_boundaries,
-        v_centroids=v_centroids,
-        v_boundaries=v_boundaries,
+        _STORE_TENSORS,
+        (
+            value,
+            cache,
+            slot_mapping,
+            k_rotation,
+            v_rotation,
+            k_centroids,
+            k_boundaries,
+            v_centroids,
+            v_boundaries,
+        ),
     )
     if _contents(device):
         _signs("k_rotation", k_rotation)
@@ -105,29 +146,30 @@ def check_gather(
     """
     device = cache.device
     total, heads, dim = _vectors("key", key, _INPUT_DTYPES)
-    _dtype("value", value, (key.dtype,), " (the dtype of key)")
-    _same_shape("value", value, key, "key")
+    _like("value", value, key, "key")
     _writable_rows("key", key)
     _writable_rows("value", value)
     view = _cache(cache, heads, dim)
     seqs = _sequences(block_table, seq_lens)
     _starts("out_start_loc", out_start_loc, seqs)
-    _rotation("k_rotation", k_rotation, dim)
-    _rotation("v_rotation", v_rotation, dim)
+    _rotations("k_rotation", k_rotation, "v_rotation", v_rotation, dim)
     _table("k_centroids", k_centroids, NUM_CENTROIDS)
     _table("v_centroids", v_centroids, NUM_CENTROIDS)
     _devices(
         device,
         "cache",
-        block_table=block_table,
-        seq_lens=seq_lens,
-        out_start_loc=out_start_loc,
-        k_rotation=k_rotation,
-        v_rotation=v_rotation,
-        k_centroids=k_centroids,
-        v_centroids=v_centroids,
-        key=key,
-        value=value,
+        _GATHER_TENSORS,
+        (
+            block_table,
+            seq_lens,
+            out_start_loc,
+            k_rotation,
+            v_rotation,
+            k_centroids,
+            v_centroids,
+            key,
+            value,
+        ),
     )
     if _contents(device):
         _signs("k_rotation", k_rotation)
@@ -158,21 +200,19 @@ def check_compress(
         TypeError: a wrong dtype.
         ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) sign.
     """
+    device = x.device
     tokens, heads, dim = _vectors("x", x, _INPUT_DTYPES)
     _rotation("rotation", rotation, dim)
     _table("centroids", centroids, NUM_CENTROIDS)
     _table("boundaries", boundaries, NUM_BOUNDARIES)
     _packed_pair(packed, norms, (tokens, heads, dim))
     _devices(
-        x.device,
+        device,
         "x",
-        rotation=rotation,
-        centroids=centroids,
-        boundaries=boundaries,
-        packed=packed,
-        norms=norms,
+        ("rotation", "centroids", "boundaries", "packed", "norms"),
+        (rotation, centroids, boundaries, packed, norms),
     )
-    if _contents(x.device):
+    if _contents(device):
         _signs("rotation", rotation)
 
 
@@ -189,13 +229,14 @@ def check_decompress(
         TypeError: a wrong dtype.
         ValueError: a wrong shape, stride, device, or (CPU or TQ4_DEBUG=1) sign.
     """
+    device = packed.device
     tokens, heads, dim = _vectors("out", out, _INPUT_DTYPES)
     _contiguous("out", out)
     _rotation("rotation", rotation, dim)
     _table("centroids", centroids, NUM_CENTROIDS)
     _packed_pair(packed, norms, (tokens, heads, dim))
-    _devices(packed.device, "packed", norms=norms, rotation=rotation, centroids=centroids, out=out)
-    if _contents(packed.device):
+    _devices(device, "packed", ("norms", "rotation", "centroids", "out"), (norms, rotation, centroids, out))
+    if _contents(device):
         _signs("rotation", rotation)
 
 
@@ -233,6 +274,7 @@ def check_attention(
         ValueError: a wrong shape, stride, device or number, or (CPU or TQ4_DEBUG=1) sign, key code, block,
             length or start.  A key code beyond 126 that goes unchecked gives NaN in CUDA decode.
     """
+    device = q.device
     tokens, heads, dim = _vectors("q", q, _QUERY_DTYPES)
     if num_kv_heads < 1:
         raise ValueError(f"num_kv_heads: expected at least 1, got {num_kv_heads}")
@@ -250,43 +292,40 @@ def check_attention(
             )
     else:
         _starts("query_start_loc", query_start_loc, seqs)
-    _rotation("q_rotation", q_rotation, dim)
-    _rotation("out_rotation", out_rotation, dim)
+    _rotations("q_rotation", q_rotation, "out_rotation", out_rotation, dim)
     _table("k_centroids", k_centroids, NUM_CENTROIDS)
     _table("k_codes", k_codes, NUM_CENTROIDS, torch.int8)
     _table("v_centroids", v_centroids, NUM_CENTROIDS)
-    _dtype("out", out, (q.dtype,), " (the dtype of q)")
-    _same_shape("out", out, q, "q")
+    _like("out", out, q, "q")
     _writable_rows("out", out)
     if lse is not None:
-        _dtype("lse", lse, (torch.float32,))
-        _shape("lse", lse, (heads, tokens), "[num_q_heads, num_tokens]")
-        _contiguous("lse", lse)
+        _exact("lse", lse, torch.float32, (heads, tokens), "[num_q_heads, num_tokens]")
     if sinks is not None:
-        _dtype("sinks", sinks, (torch.float32,))
-        _shape("sinks", sinks, (heads,), "[num_q_heads]")
-        _contiguous("sinks", sinks)
+        _exact("sinks", sinks, torch.float32, (heads,), "[num_q_heads]")
     _devices(
-        q.device,
+        device,
         "q",
-        cache=cache,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        query_start_loc=query_start_loc,
-        q_rotation=q_rotation,
-        out_rotation=out_rotation,
-        k_centroids=k_centroids,
-        k_codes=k_codes,
-        v_centroids=v_centroids,
-        out=out,
-        lse=lse,
-        sinks=sinks,
+        _ATTENTION_TENSORS,
+        (
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            q_rotation,
+            out_rotation,
+            k_centroids,
+            k_codes,
+            v_centroids,
+            out,
+            lse,
+            sinks,
+        ),
     )
     if tokens and out.data_ptr() == q.data_ptr():
         raise ValueError("out: expected memory of its own, got the memory of q")
     _positive("k_code_scale", k_code_scale)
     _positive("sm_scale", sm_scale)
-    if not (math.isfinite(softcap) and softcap >= 0.0):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number >= 0 (0 = none), got {softcap}")
     if window_left < -1:
         raise ValueError(f"window_left: expected -1 (unlimited) or more, got {window_left}")
@@ -294,7 +333,7 @@ def check_attention(
         raise ValueError(f"window_right: expected -1 (unlimited) or more, got {window_right}")
     if max_query_len < -1 or (max_query_len == -1 and query_start_loc is None):
         raise ValueError(f"max_query_len: expected a number of tokens (-1 = unknown), got {max_query_len}")
-    if _contents(q.device):
+    if _contents(device):
         _signs("q_rotation", q_rotation)
         _signs("out_rotation", out_rotation)
         _key_codes("k_codes", k_codes)
@@ -316,12 +355,13 @@ def check_attention(
 
 def _contents(device: torch.device) -> bool:
     """Whether to look into the index tensors: free on the CPU, a synchronisation elsewhere (opt-in)."""
-    if device.type == "cpu":
+    kind = dispatch.device_type(device)
+    if kind == "cpu":
         return True
     if not dispatch.debug():
         return False
     # A copy to the host is not allowed while a CUDA graph is being captured.
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return kind != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -340,7 +380,10 @@ def _shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], meaning: 
         raise ValueError(f"{name}: expected shape {meaning} = {list(expected)}, got {list(tensor.shape)}")
 
 
-def _same_shape(name: str, tensor: torch.Tensor, other: torch.Tensor, other_name: str) -> None:
+def _like(name: str, tensor: torch.Tensor, other: torch.Tensor, other_name: str) -> None:
+    """The dtype and the shape of another."""
+    if tensor.dtype is not other.dtype:
+        _dtype(name, tensor, (other.dtype,), f" (the dtype of {other_name})")
     if tensor.shape != other.shape:
         raise ValueError(
             f"{name}: expected the shape of {other_name}, {list(other.shape)}, got {list(tensor.shape)}"
@@ -353,7 +396,7 @@ def _contiguous(name: str, tensor: torch.Tensor) -> None:
 
 
 def _last_contiguous(name: str, tensor: torch.Tensor) -> None:
-    if tensor.stride(-1) != 1:
+    if tensor.stride()[-1] != 1:
         raise ValueError(
             f"{name}: expected a contiguous last dimension (stride 1), got strides {list(tensor.stride())}"
         )
@@ -380,22 +423,24 @@ def _writable_rows(name: str, tensor: torch.Tensor) -> None:
 
 def _vectors(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int, int]:
     """[N, H, D] with a supported D and a contiguous last dimension; returns the sizes."""
-    _dtype(name, tensor, dtypes)
-    if tensor.dim() != 3:
-        raise ValueError(
-            f"{name}: expected 3 dimensions [tokens, heads, head_dim], got shape {list(tensor.shape)}"
-        )
-    tokens, heads, dim = tensor.shape
+    if tensor.dtype not in dtypes:
+        _dtype(name, tensor, dtypes)
+    shape = tensor.shape
+    if len(shape) != 3:
+        raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, head_dim], got shape {list(shape)}")
+    tokens, heads, dim = shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"{name}: expected a head_dim of {', '.join(map(str, HEAD_DIMS))}, got {dim}")
     if heads < 1:
-        raise ValueError(f"{name}: expected at least one head, got shape {list(tensor.shape)}")
-    _last_contiguous(name, tensor)
+        raise ValueError(f"{name}: expected at least one head, got shape {list(shape)}")
+    if tensor.stride()[-1] != 1:
+        _last_contiguous(name, tensor)
     return tokens, heads, dim
 
 
 def _cache(cache: torch.Tensor, num_kv_heads: int, head_dim: int) -> PageView:
-    _dtype("cache", cache, (torch.uint8,))
+    if cache.dtype is not torch.uint8:
+        _dtype("cache", cache, (torch.uint8,))
     view = page_view(cache, num_kv_heads, head_dim)
     if cache.data_ptr() % ALIGNMENT:
         raise ValueError(
@@ -405,20 +450,25 @@ def _cache(cache: torch.Tensor, num_kv_heads: int, head_dim: int) -> PageView:
 
 
 def _sequences(block_table: torch.Tensor, seq_lens: torch.Tensor) -> int:
-    _dtype("seq_lens", seq_lens, (torch.int32,))
-    if seq_lens.dim() != 1:
-        raise ValueError(f"seq_lens: expected shape [num_seqs], got {list(seq_lens.shape)}")
-    seqs = seq_lens.shape[0]
+    if seq_lens.dtype is not torch.int32:
+        _dtype("seq_lens", seq_lens, (torch.int32,))
+    shape = seq_lens.shape
+    if len(shape) != 1:
+        raise ValueError(f"seq_lens: expected shape [num_seqs], got {list(shape)}")
+    seqs = shape[0]
     if seqs == 0:
         raise ValueError("seq_lens: expected at least one sequence, got an empty batch")
-    _contiguous("seq_lens", seq_lens)
-    _dtype("block_table", block_table, (torch.int32,))
-    if block_table.dim() != 2 or block_table.shape[0] != seqs:
+    if not seq_lens.is_contiguous():
+        _contiguous("seq_lens", seq_lens)
+    if block_table.dtype is not torch.int32:
+        _dtype("block_table", block_table, (torch.int32,))
+    shape = block_table.shape
+    if len(shape) != 2 or shape[0] != seqs:
         raise ValueError(
             f"block_table: expected shape [num_seqs, max_blocks] with num_seqs = {seqs} (seq_lens), got "
-            f"{list(block_table.shape)}"
+            f"{list(shape)}"
         )
-    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+    if shape[1] > 1 and block_table.stride()[1] != 1:
         raise ValueError(
             f"block_table: expected a contiguous last dimension, got strides {list(block_table.stride())}"
         )
@@ -426,21 +476,29 @@ def _sequences(block_table: torch.Tensor, seq_lens: torch.Tensor) -> int:
 
 
 def _starts(name: str, starts: torch.Tensor, seqs: int) -> None:
-    _dtype(name, starts, (torch.int32,))
-    _shape(name, starts, (seqs + 1,), "[num_seqs + 1]")
-    _contiguous(name, starts)
+    _exact(name, starts, torch.int32, (seqs + 1,), "[num_seqs + 1]")
+
+
+def _rotations(
+    name: str, rotation: torch.Tensor | None, other_name: str, other: torch.Tensor | None, head_dim: int
+) -> None:
+    """Two rotations; a quantiser often has the same tensor for both."""
+    _rotation(name, rotation, head_dim)
+    if other is not rotation:
+        _rotation(other_name, other, head_dim)
 
 
 def _rotation(name: str, rotation: torch.Tensor | None, head_dim: int) -> None:
     """A matrix, or the signs of a Hadamard rotation."""
     if rotation is None:
         return
-    signs = rotation.dim() == 1 and has_hadamard(head_dim)
+    vector = rotation.ndim == 1
+    signs = vector and has_hadamard(head_dim)
     shape = (head_dim,) if signs else (head_dim, head_dim)
-    if _is(rotation, torch.float32, shape):
+    if rotation.dtype is torch.float32 and rotation.shape == shape and rotation.is_contiguous():
         return
     _dtype(name, rotation, (torch.float32,))
-    if rotation.dim() == 1 and not signs:
+    if vector and not signs:
         raise ValueError(
             f"{name}: expected a matrix [head_dim, head_dim] = {list(shape)}, as only powers of two have "
             f"Hadamard rotations, which signs stand for, got {list(rotation.shape)}"
@@ -450,38 +508,41 @@ def _rotation(name: str, rotation: torch.Tensor | None, head_dim: int) -> None:
 
 
 def _table(name: str, table: torch.Tensor, size: int, dtype: torch.dtype = torch.float32) -> None:
-    if _is(table, dtype, (size,)):
+    if not (table.dtype is dtype and table.shape == (size,) and table.is_contiguous()):
+        _exact(name, table, dtype, (size,), f"[{size}]")
+
+
+def _exact(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], meaning: str) -> None:
+    """A contiguous tensor of one dtype and shape."""
+    if tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous():
         return
-    _dtype(name, table, (dtype,))
-    _shape(name, table, (size,), f"[{size}]")
-    _contiguous(name, table)
-
-
-def _is(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """The usual, good case in one step; what is wrong otherwise is found out afterwards."""
-    return tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous()
+    _dtype(name, tensor, (dtype,))
+    _shape(name, tensor, shape, meaning)
+    _contiguous(name, tensor)
 
 
 def _packed_pair(packed: torch.Tensor, norms: torch.Tensor, shape: tuple[int, int, int]) -> None:
     tokens, heads, dim = shape
-    _dtype("packed", packed, (torch.uint8,))
-    _shape("packed", packed, (tokens, heads, dim // 2), "[N, H, D / 2]")
-    _contiguous("packed", packed)
-    _dtype("norms", norms, (torch.float32,))
-    _shape("norms", norms, (tokens, heads, 1), "[N, H, 1]")
-    _contiguous("norms", norms)
+    _exact("packed", packed, torch.uint8, (tokens, heads, dim // 2), "[N, H, D / 2]")
+    _exact("norms", norms, torch.float32, (tokens, heads, 1), "[N, H, 1]")
 
 
-def _devices(device: torch.device, reference_name: str, **tensors: torch.Tensor | None) -> None:
-    for name, tensor in tensors.items():
+def _devices(
+    device: torch.device,
+    reference_name: str,
+    names: tuple[str, ...],
+    tensors: tuple[torch.Tensor | None, ...],
+) -> None:
+    for tensor in tensors:
         if tensor is not None and tensor.device != device:
+            name = next(name for name, other in zip(names, tensors, strict=True) if other is tensor)
             raise ValueError(
                 f"{name}: expected device {device} (that of {reference_name}), got {tensor.device}"
             )
 
 
 def _positive(name: str, number: float) -> None:
-    if not (math.isfinite(number) and number > 0.0):
+    if not 0.0 < number < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {number}")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import os
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
@@ -21,6 +21,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from .environment import variable
 
 #: Backend names; the index is the ``backend`` argument of the torch.ops.tq4 ops.
 BACKENDS = ("auto", "cuda", "cuda-sm80", "triton", "reference")
@@ -93,11 +95,16 @@ def availability(name: str, device: torch.device) -> tuple[bool, str]:
         ValueError: unknown name.
     """
     number = backend_id(name)
-    if number == AUTO:
-        return True, "chosen by device"
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+    return (True, "chosen by device") if number == AUTO else _availability_now(number, device)
+
+
+def _availability_now(number: int, device: torch.device) -> tuple[bool, str]:
+    """Of a backend by its number, on the current GPU where the device is just "cuda"."""
+    if device_type(device) == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    return _availability(number, device, os.environ.get("TRITON_INTERPRET", "0"))
+    # Triton's alone depends on the variable.
+    interpret = (variable("TRITON_INTERPRET") or "0") if number == TRITON else "0"
+    return _availability(number, device, interpret)
 
 
 def resolve(number: int, device: torch.device) -> tuple[ModuleType, dict[str, Any]]:
@@ -129,7 +136,13 @@ def resolve(number: int, device: torch.device) -> tuple[ModuleType, dict[str, An
 
 def debug() -> bool:
     """Whether ``TQ4_DEBUG`` asks for checks of tensor contents (they synchronise with the device)."""
-    return os.environ.get("TQ4_DEBUG", "0") not in ("", "0")
+    return variable("TQ4_DEBUG") not in (None, "", "0")
+
+
+@cache
+def device_type(device: torch.device) -> str:
+    """``device.type``, of which torch makes a new string (0.4 us) whenever it is read."""
+    return device.type
 
 
 def _current() -> tuple[int, str]:
@@ -138,7 +151,7 @@ def _current() -> tuple[int, str]:
         return chosen, "tq4.backend()"
     if _override is not None:
         return _override, "tq4.set_backend()"
-    name = os.environ.get(_ENV)
+    name = variable(_ENV)
     if not name:
         return AUTO, "default"
     if name not in BACKENDS:
@@ -162,9 +175,9 @@ def _device_for(name: str) -> torch.device:
 
 
 def _automatic(device: torch.device) -> int:
-    if device.type == "cuda":
+    if device_type(device) == "cuda":
         for number in (CUDA, TRITON):
-            if availability(BACKENDS[number], device)[0]:
+            if _availability_now(number, device)[0]:
                 return number
     return REFERENCE
 
@@ -195,6 +208,18 @@ def _triton_availability(device: torch.device, interpret: bool) -> tuple[bool, s
     return True, f"compute capability {capability[0]}.{capability[1]}"
 
 
+_MODULES = {
+    number: f"{__package__}.backends.{name}"
+    for number, name in ((CUDA, "cuda"), (CUDA_SM80, "cuda"), (TRITON, "triton"), (REFERENCE, "reference"))
+}
+#: Modules whose import has ended; before, another thread's may be found half made in sys.modules.
+_imported: set[str] = set()
+
+
 def _module(number: int) -> ModuleType:
-    name = {CUDA: "cuda", CUDA_SM80: "cuda", TRITON: "triton", REFERENCE: "reference"}[number]
-    return importlib.import_module(f"{__package__}.backends.{name}")
+    name = _MODULES[number]
+    if name in _imported and name in sys.modules:
+        return sys.modules[name]
+    module = importlib.import_module(name)
+    _imported.add(name)
+    return module

@@ -54,7 +54,8 @@ def store(
     """
     key = _input("key", key)
     value = _input("value", value)
-    tensor, _ = _cache(cache, key.shape[1] if key.dim() == 3 else None)
+    shape = key.shape
+    tensor, _ = _cache(cache, shape[1] if len(shape) == 3 else None)
     _head_dim("key", key, quantizer)
     k_rotation, v_rotation = _rotations(quantizer, signs=True)
     torch.ops.tq4.store.default(
@@ -109,11 +110,8 @@ def gather(
     tensor, heads = _cache(cache, num_kv_heads)
     if out is None:
         rows = int(seq_lens.sum()) if total is None else total
-        shape = (rows, heads, quantizer.head_dim)
-        out = (
-            torch.empty(shape, dtype=dtype, device=tensor.device),
-            torch.empty(shape, dtype=dtype, device=tensor.device),
-        )
+        empty = torch.empty((rows, heads, quantizer.head_dim), dtype=dtype, device=tensor.device)
+        out = (empty, torch.empty_like(empty))
     key, value = _tensor("out", out[0]), _tensor("out", out[1])
     _head_dim("out", key, quantizer)
     if key.dim() == 3 and (key.shape[1] != heads or (total is not None and key.shape[0] != total)):
@@ -121,7 +119,7 @@ def gather(
             f"out: expected shape [{'total' if total is None else total}, {heads}, {quantizer.head_dim}], "
             f"got {list(key.shape)}"
         )
-    starts = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    starts = torch.constant_pad_nd(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     torch.ops.tq4.gather.default(
         tensor,
         _tensor("block_table", block_table),
@@ -402,7 +400,7 @@ def _attention(
     _head_dim("q", q, quantizer)
     tensor, heads = _cache(cache, num_kv_heads)
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = _empty_like(q)
     lse = None
     if return_lse:
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
@@ -447,16 +445,26 @@ def _tensor(name: str, value: torch.Tensor) -> torch.Tensor:
 def _input(name: str, value: torch.Tensor) -> torch.Tensor:
     """A tensor with a contiguous last dimension, copied if need be."""
     tensor = _tensor(name, value)
-    return tensor if tensor.dim() == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+    strides = tensor.stride()
+    return tensor if not strides or strides[-1] == 1 else tensor.contiguous()
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A plain, contiguous tensor of the same shape, dtype and device."""
+    if type(tensor) is torch.Tensor:
+        # Half the time of torch.empty.  Of a subclass it would make another of the subclass.
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _head_dim(name: str, tensor: torch.Tensor, quantizer: Quantizer) -> None:
     if not isinstance(quantizer, Quantizer):
         raise TypeError(f"quantizer: expected a tq4.Quantizer, got {type(quantizer).__name__}")
-    if tensor.dim() != 3 or tensor.shape[2] != quantizer.head_dim:
+    shape = tensor.shape
+    if len(shape) != 3 or shape[2] != quantizer.head_dim:
         raise ValueError(
             f"{name}: expected shape [tokens, heads, {quantizer.head_dim}] (the quantizer's head_dim), got "
-            f"{list(tensor.shape)}"
+            f"{list(shape)}"
         )
 
 

@@ -166,7 +166,10 @@ def layout_of(cache: StridedTensor) -> str:
     Raises:
         ValueError: any other rank.
     """
-    rank = len(cache.shape)
+    return _layout_of_rank(len(cache.shape))
+
+
+def _layout_of_rank(rank: int) -> str:
     if rank == 3:
         return TOKEN_MAJOR
     if rank == 4:
@@ -208,14 +211,17 @@ def page_view(cache: StridedTensor, num_kv_heads: int, head_dim: int) -> PageVie
         ValueError: naming ``cache``, when shape or strides do not fit the layout or overlap, when block_size
             is not a multiple of 16, or when a stride is not a multiple of 4 bytes.
     """
-    layout = layout_of(cache)
-    return _page_view(layout, tuple(cache.shape), tuple(cache.stride()), num_kv_heads, head_dim)
+    shape, strides = cache.shape, cache.stride()
+    if not (isinstance(shape, tuple) and isinstance(strides, tuple)):  # a torch tensor's are
+        shape, strides = tuple(shape), tuple(strides)
+    return _page_view(shape, strides, num_kv_heads, head_dim)
 
 
 @lru_cache(maxsize=4096)  # called for every op; a process has few distinct caches
 def _page_view(
-    layout: str, shape: tuple[int, ...], strides: tuple[int, ...], num_kv_heads: int, head_dim: int
+    shape: tuple[int, ...], strides: tuple[int, ...], num_kv_heads: int, head_dim: int
 ) -> PageView:
+    layout = _layout_of_rank(len(shape))
     num_blocks = shape[0]
     # The stride of a dimension of size one is arbitrary and never used: replace it by the packed one.
     if layout == TOKEN_MAJOR:

@@ -16,7 +16,7 @@ Symbols: T tokens, B sequences, Hq query heads, Hkv KV heads, D head_dim.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -239,14 +239,6 @@ def _attention(
     )
 
 
-def _prefill(*arguments: Any) -> None:
-    _attention("prefill", -1, *arguments)
-
-
-def _decode(*arguments: Any) -> None:
-    _attention("decode", 1, *arguments)
-
-
 def _nothing(*args: object, **kwargs: object) -> None:
     """Fake of every op: the results are in the mutated arguments."""
 
@@ -257,8 +249,8 @@ def _register() -> None:
         "gather": _gather,
         "compress": _compress,
         "decompress": _decompress,
-        "prefill": _prefill,
-        "decode": _decode,
+        "prefill": partial(_attention, "prefill", -1),
+        "decode": partial(_attention, "decode", 1),
     }
     for name, arguments in SCHEMAS.items():
         _library.define(f"{name}({arguments}, int backend=0) -> ()")

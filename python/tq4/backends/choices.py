@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
+
+from ..environment import variable as environment_variable
 
 
 def choice(variable: str, names: Iterable[str]) -> str:
@@ -12,7 +13,9 @@ def choice(variable: str, names: Iterable[str]) -> str:
     Raises:
         ValueError: the value is none of ``names``.
     """
-    name = os.environ.get(variable, "auto")
+    name = environment_variable(variable)
+    if name is None:
+        return "auto"
     if name not in names:
         raise ValueError(f"{variable}: expected {', '.join(names)}, got {name!r}")
     return name
