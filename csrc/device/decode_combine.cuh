@@ -30,6 +30,7 @@
 #include "../params.h"
 #include "../ptx/arith.cuh"
 #include "../ptx/dynamic_smem.cuh"
+#include "../ptx/global_access.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_tf32.cuh"
 #include "../ptx/opaque.cuh"
@@ -205,7 +206,11 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   lines.keep(tile_rows.lines);
   // Where the partial results are is mostly known by now, but not for sure: a guess, of which the
   // loads below need not wait for the answer.
-  CtaRange ctas = ctas_of(row);
+  CtaRange ctas{0, 0};
+  if (row.exists) {
+    const CtaRange& range = ranges[row.unit];
+    ctas = {ptx::ld_global_relaxed(&range.begin), ptx::ld_global_relaxed(&range.end)};
+  }
   if (ctas.begin < 0 || ctas.begin > ctas.end || ctas.end > plan.grid) ctas = {0, 0};
   ptx::wait_for_predecessor();  // every partial result is written
   CtaRange told = ctas_of(row);

@@ -1,5 +1,6 @@
 // Facts about a paged cache that the kernels' loaders need.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
@@ -34,6 +35,13 @@ inline bool takes_bulk_fields(const PageView& view) {
   }
   bits |= static_cast<uint64_t>(view.k_codes | view.v_codes | view.k_norms | view.v_norms);
   return view.num_blocks > 0 && bits % 16 == 0;
+}
+
+// Bytes of a token-major row up to the end of its last field.
+inline int end_of_fields(const PageView& view) {
+  const int codes = view.num_kv_heads * view.head_dim / 2, norms = view.num_kv_heads * 4;
+  return std::max(
+      {view.k_codes + codes, view.v_codes + codes, view.k_norms + norms, view.v_norms + norms});
 }
 
 // log2(block_size), or -1 when it is not a power of two.

@@ -12,6 +12,7 @@
 #include "../device/decode_map.h"
 #include "../device/decode_schedule.h"
 #include "../device/launch.h"
+#include "../device/page_copy.h"
 #include "../device/tensor_map.h"
 #include "../params.h"
 
@@ -34,9 +35,10 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
-// Boxes of 16 rows of `box_bytes`.
+// Boxes of 16 rows of `box_bytes`.  What lies behind the fields is not touched: of the last row it
+// may not be there.
 inline TensorMap make_page_map(const PageView& view, int box_bytes) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(view.code_token_stride / kMapElementBytes),
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(end_of_fields(view) / kMapElementBytes),
                               static_cast<cuuint64_t>(view.block_size),
                               static_cast<cuuint64_t>(view.num_blocks)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(view.code_token_stride),

@@ -17,6 +17,14 @@ __device__ __forceinline__ void ld_global_if(int64_t& value, const int64_t* p, b
       : "l"(p), "r"(static_cast<int32_t>(condition)));
 }
 
+// What another kernel may be writing at the moment: some value that is or was there, and nothing
+// that the L1 keeps for later loads (PTX ISA, "ld", .relaxed).
+__device__ __forceinline__ int32_t ld_global_relaxed(const int32_t* p) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void st_global(int64_t address, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])

@@ -67,7 +67,7 @@ tq4::PageMaps make_page_maps(const tq4::PageView& view, const tq4::StageView& st
   const auto map = [&](int box_bytes) {
     return tq4::ptx::emulated_tensor_map(
         view.base,
-        {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_size),
+        {static_cast<uint64_t>(tq4::end_of_fields(view)), static_cast<uint64_t>(view.block_size),
          static_cast<uint64_t>(view.num_blocks)},
         {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_stride)},
         {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});

@@ -60,6 +60,7 @@ void check_boxes(const tq4::PageView& view, const tq4::DecodePlan& plan) {
   for (const int field : {view.k_codes, view.v_codes, view.k_norms, view.v_norms}) {
     CHECK(field % 16 == 0);
   }
+  CHECK(tq4::end_of_fields(view) == tq4::token_bytes(view.num_kv_heads, view.head_dim));
 }
 
 // A page of random bytes, copied tile by tile as the plan says; every field must arrive.

@@ -24,6 +24,8 @@ void st_global(int64_t address, const uint32_t (&words)[kCount]) {
   std::memcpy(detail::global_pointer<Vector>(address), words, sizeof words);
 }
 
+inline int32_t ld_global_relaxed(const int32_t* p) { return *p; }
+
 inline void st_global(int64_t address, float value) {
   *detail::global_pointer<float>(address) = value;
 }
