@@ -31,6 +31,7 @@
 #include "../ptx/cluster.cuh"
 #include "../ptx/dynamic_smem.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/prefetch.cuh"
 #include "../ptx/smem.cuh"
 #include "../ptx/tensor_copy.cuh"
 #include "common.cuh"
@@ -228,6 +229,17 @@ __device__ __forceinline__ TileRange cluster_share(TileRange tiles, int rank, in
   return {tiles.begin + count * rank / size, tiles.begin + count * (rank + 1) / size};
 }
 
+// The block table into L2 while the sequence's length is under way, which says what part of it is
+// wanted: a line a lane of the last warp, which has no query row.
+template <class C>
+__device__ __forceinline__ void prefetch_table(const int32_t* table, int max_blocks, int rank,
+                                               int size) {
+  constexpr int kLine = 32;  // entries
+  const int lane = static_cast<int>(threadIdx.x) - (C::kWarps - 1) * kWarpSize;
+  const int entry = (lane * size + rank) * kLine;
+  if (lane >= 0 && entry < max_blocks) ptx::prefetch_l2(table + entry);
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     decode_cluster_kernel(const __grid_constant__ AttentionParams p,
@@ -253,10 +265,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   ptx::cluster_arrive();
-  const float centroid = p.v_centroids[lane % 16];
-
   const int unit = static_cast<int>(blockIdx.x) / size;
   const int seq = static_cast<int>(plan.chunk_divider.quotient(unit));
+  const int32_t* block_table = p.block_table + seq * p.block_table_stride;
+  prefetch_table<C>(block_table, p.max_blocks, rank, size);
+  const float centroid = p.v_centroids[lane % 16];
+
   const int head = unit - seq * plan.heads_per_chunk;
   const DecodeBatch batch = decode_batch(p, plan);
   DecodeSegment segment{};
@@ -281,7 +295,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const TileRange share = cluster_share(range, rank, size);
   ClusterTiles<C> tiles;
   tiles.head = head;
-  tiles.table = p.block_table + seq * p.block_table_stride;
+  tiles.table = block_table;
   tiles.first = share.begin + warp;
   tiles.count = (share.end - share.begin - warp + C::kWarps - 1) / C::kWarps;
   tiles.ring = rings + warp * C::kStages * C::kTileBytes;

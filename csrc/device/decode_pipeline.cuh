@@ -88,7 +88,35 @@ struct CpAsyncPipeline : DecodeRing {
   TQ4_DEVICE static constexpr int batch() { return 1; }
   TQ4_DEVICE static constexpr int lane_tile() { return 0; }
 
-  // The elements of a run, all repetitions in one sequence, are dealt to the lanes in turn.
+  // Contiguous bytes.  The copies of an unrolled step differ in nothing but constants: with a
+  // handful of instructions for each, the one warp that issues them was what decode waited for.
+  template <int kBytes>
+  __device__ __forceinline__ static void copy_span(uint32_t dst, const uint8_t* src, int bytes) {
+    constexpr int kStep = kBytes * kWarpSize, kUnrolled = 8;
+    const int own = kBytes * static_cast<int>(threadIdx.x % kWarpSize);
+    const uint64_t policy = ptx::read_once_policy();
+    int left = bytes - own;
+    dst += own;
+    src += own;
+#pragma unroll 1
+    for (; left > (kUnrolled - 1) * kStep; left -= kUnrolled * kStep) {
+#pragma unroll
+      for (int i = 0; i < kUnrolled; ++i) {
+        ptx::cp_async_once<kBytes>(dst + i * kStep, src + i * kStep, policy);
+      }
+      dst += kUnrolled * kStep;
+      src += kUnrolled * kStep;
+    }
+#pragma unroll 1
+    for (; left > 0; left -= kStep) {
+      ptx::cp_async_once<kBytes>(dst, src, policy);
+      dst += kStep;
+      src += kStep;
+    }
+  }
+
+  // Long runs one repetition after the other; of a short one all repetitions in one sequence, whose
+  // elements are dealt to the lanes in turn.
   template <int kBytes>
   __device__ __forceinline__ void copy_runs(int page, int tile_in_block, int chunk,
                                             uint32_t stage) const {
@@ -97,6 +125,14 @@ struct CpAsyncPipeline : DecodeRing {
       const CopyRun& run = plan.copy.run[i];
       const uint8_t* src = source(page, run, tile_in_block, chunk);
       const uint32_t dst = stage + run.dst;
+      if (run.bytes >= kBytes * kWarpSize) {
+#pragma unroll 1
+        for (int rep = 0; rep < plan.copy.reps; ++rep) {
+          copy_span<kBytes>(dst + rep * plan.copy.dst_stride, src + rep * plan.copy.src_stride,
+                            run.bytes);
+        }
+        continue;
+      }
       const int elements = run.bytes / kBytes;
       int rep = lane / elements, at = (lane - rep * elements) * kBytes;
       const int step_rep = kWarpSize / elements;
