@@ -137,11 +137,25 @@ struct CpAsyncPipeline : DecodeRing {
       int rep = lane / elements, at = (lane - rep * elements) * kBytes;
       const int step_rep = kWarpSize / elements;
       const int step_at = (kWarpSize - step_rep * elements) * kBytes;
+      const uint64_t policy = ptx::read_once_policy();
+      uint32_t to = dst + rep * plan.copy.dst_stride + at;
+      const uint8_t* from = src + rep * plan.copy.src_stride + at;
+      if (step_at == 0) {  // a lane keeps its place in the run
+        const int to_step = step_rep * plan.copy.dst_stride;
+        const int from_step = step_rep * plan.copy.src_stride;
 #pragma unroll 4
+        for (; rep < plan.copy.reps; rep += step_rep) {
+          ptx::cp_async_once<kBytes>(to, from, policy);
+          to += to_step;
+          from += from_step;
+        }
+        continue;
+      }
+#pragma unroll 1
       while (rep < plan.copy.reps) {
-        const uint32_t to = dst + rep * plan.copy.dst_stride + at;
-        const uint8_t* from = src + rep * plan.copy.src_stride + at;
-        ptx::cp_async_once<kBytes>(to, from, ptx::read_once_policy());
+        to = dst + rep * plan.copy.dst_stride + at;
+        from = src + rep * plan.copy.src_stride + at;
+        ptx::cp_async_once<kBytes>(to, from, policy);
         rep += step_rep;
         at += step_at;
         if (at >= run.bytes) {
