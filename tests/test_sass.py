@@ -23,6 +23,8 @@ EXTENSION = PACKAGE / "_C.so"
 HEAD_DIMS = (64, 96, 128, 256)
 #: Not an instruction: counts those whose descriptor begins at an odd register.
 ODD_DESCRIPTOR = "odd descriptor"
+#: The same of 16-byte copies to a register's address plus a constant.
+CONSTANT_COPY = "copy at a constant"
 
 pytestmark = pytest.mark.skipif(
     not EXTENSION.exists(), reason="no CUDA extension was built (no nvcc, or TQ4_BUILD_CUDA=0)"
@@ -66,6 +68,8 @@ def instructions() -> dict[tuple[str, str], Counter]:
             counts[arch, name][match.group(1)] += 1
             if re.search(r"desc\[UR\d*[13579]\]", line):
                 counts[arch, name][ODD_DESCRIPTOR] += 1
+            if re.search(r"LDGSTS\S*\.128\S* \[R\d+\+0x", line):
+                counts[arch, name][CONSTANT_COPY] += 1
     assert counts, "cuobjdump printed no code"
     return counts
 
@@ -216,6 +220,7 @@ def test_decode_kernels_are_complete(instructions):
         assert total["IMMA"] == DECODE_IMMAS[mode] * 2 * head_dim // 32, who  # two n8 tiles of keys
         assert total["HMMA"] > 0, who
         assert (total["UBLKCP"] > 0) == bulk and (total["LDGSTS"] > 0) == (not bulk), who
+        assert bulk or counts[CONSTANT_COPY] >= 7, who  # an unrolled step of a span: one producer warp
         # 16 warps need registers of the producer's.
         assert (total["USETMAXREG"] > 0) == (bulk and mode in "03" and head_dim <= 128), who
     plain, sm90a = _built_archs()

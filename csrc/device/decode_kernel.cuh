@@ -99,7 +99,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
       const int count = min(most, reload(segment.tile_end) - first);
       const int page = next_page;
       next_page = load_page(first + count + lane);
-      const int chunk = unit_place(plan, reload(segment.chunk)).head_chunk;
+      const int chunk = chunk_place(plan, reload(segment.chunk)).head_chunk;
       if (Pipeline::copies_whole_tiles(plan) || Pipeline::copies_boxes(plan)) {
         const int tile = first + lane;
         const int block = static_cast<int>(plan.block_divider.quotient(tile));
@@ -160,7 +160,7 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
   const int g = threadIdx.x % kWarpSize / 4;
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
   const auto* scales = reinterpret_cast<const float*>(workspace + plan.query_scale);
-  const UnitPlace unit = unit_place(plan, segment.chunk);
+  const ChunkPlace unit = chunk_place(plan, segment.chunk);
   const int kv_head = unit.head_chunk * plan.heads_per_chunk + place.head;
   const int last = min(segment.num_queries * plan.group, plan.max_rows) - 1;
   const int first_query =  // in the workspace
@@ -232,7 +232,7 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   const int tile_end = segment.tile_end;
   constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
   state.clear();
-  if (unit_place(plan, segment.chunk).first_row + place.first_row >=
+  if (chunk_place(plan, segment.chunk).first_row + place.first_row >=
       segment.num_queries * plan.group) {  // no rows: only keep the ring turning
     for (; tile < tile_end; tile += plan.teams) {
       ptx::mbarrier_wait(at_stage.full, at_stage.parity);
@@ -260,7 +260,7 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
         [&] {
           const DecodeSegment its = reload(scratch.segment);
           const int first_row =
-              unit_place(plan, its.chunk).first_row + reload(scratch.place.first_row);
+              chunk_place(plan, its.chunk).first_row + reload(scratch.place.first_row);
           return hidden_columns<Config>(p, plan, its, first_row,
                                         UnmaskedTiles::make(p, its).begin + tile);
         },
@@ -278,7 +278,7 @@ __device__ __forceinline__ void finish_segment(const AttentionParams& p, const D
   merge_teams<Config>({place.team, place.slot, plan.teams, plan.slots, exchange}, state);
   const DecodeSegment segment = reload(scratch.segment);
   const int count = min(segment.num_queries * plan.group, plan.max_rows) -
-                    unit_place(plan, segment.chunk).first_row - place.first_row;
+                    chunk_place(plan, segment.chunk).first_row - place.first_row;
   if (place.team == 0 && count > 0) {
     const int64_t unit = static_cast<int64_t>(segment.seq) * plan.num_chunks + segment.chunk;
     const int64_t first =

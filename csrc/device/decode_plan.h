@@ -177,11 +177,11 @@ struct DecodePlan {
 };
 
 // Where the heads and rows of a unit begin.
-struct UnitPlace {
+struct ChunkPlace {
   int head_chunk, first_row;
 };
 
-TQ4_HOST_DEVICE UnitPlace unit_place(const DecodePlan& plan, int chunk) {
+TQ4_HOST_DEVICE ChunkPlace chunk_place(const DecodePlan& plan, int chunk) {
   const int head_chunk = static_cast<int>(plan.row_chunk_divider.quotient(chunk));
   return {head_chunk, (chunk - head_chunk * plan.row_chunks) * plan.rows_per_chunk};
 }

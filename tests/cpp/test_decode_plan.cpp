@@ -179,7 +179,7 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   }
   std::set<std::pair<int, int>> places;  // of all units of a sequence
   for (int chunk = 0; chunk < plan.num_chunks; ++chunk) {
-    const tq4::UnitPlace place = tq4::unit_place(plan, chunk);
+    const tq4::ChunkPlace place = tq4::chunk_place(plan, chunk);
     CHECK(place.head_chunk * plan.heads_per_chunk < view.num_kv_heads);
     CHECK(place.first_row < plan.max_rows && place.first_row % plan.rows_per_chunk == 0);
     places.insert({place.head_chunk, place.first_row});
