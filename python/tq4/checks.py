@@ -28,44 +28,6 @@ from .rotation import has_hadamard
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _QUERY_DTYPES = (torch.float16, torch.bfloat16)
 
-# Tensors that have to be on the device of the op's first, in the order in which they are looked at.
-_STORE_TENSORS = (
-    "value",
-    "cache",
-    "slot_mapping",
-    "k_rotation",
-    "v_rotation",
-    "k_centroids",
-    "k_boundaries",
-    "v_centroids",
-    "v_boundaries",
-)
-_GATHER_TENSORS = (
-    "block_table",
-    "seq_lens",
-    "out_start_loc",
-    "k_rotation",
-    "v_rotation",
-    "k_centroids",
-    "v_centroids",
-    "key",
-    "value",
-)
-_ATTENTION_TENSORS = (
-    "cache",
-    "block_table",
-    "seq_lens",
-    "query_start_loc",
-    "q_rotation",
-    "out_rotation",
-    "k_centroids",
-    "k_codes",
-    "v_centroids",
-    "out",
-    "lse",
-    "sinks",
-)
-
 
 def check_store(
     key: torch.Tensor,
@@ -102,17 +64,16 @@ def check_store(
     _devices(
         device,
         "key",
-        _STORE_TENSORS,
         (
-            value,
-            cache,
-            slot_mapping,
-            k_rotation,
-            v_rotation,
-            k_centroids,
-            k_boundaries,
-            v_centroids,
-            v_boundaries,
+            ("value", value),
+            ("cache", cache),
+            ("slot_mapping", slot_mapping),
+            ("k_rotation", k_rotation),
+            ("v_rotation", v_rotation),
+            ("k_centroids", k_centroids),
+            ("k_boundaries", k_boundaries),
+            ("v_centroids", v_centroids),
+            ("v_boundaries", v_boundaries),
         ),
     )
     if _contents(device):
@@ -158,17 +119,16 @@ def check_gather(
     _devices(
         device,
         "cache",
-        _GATHER_TENSORS,
         (
-            block_table,
-            seq_lens,
-            out_start_loc,
-            k_rotation,
-            v_rotation,
-            k_centroids,
-            v_centroids,
-            key,
-            value,
+            ("block_table", block_table),
+            ("seq_lens", seq_lens),
+            ("out_start_loc", out_start_loc),
+            ("k_rotation", k_rotation),
+            ("v_rotation", v_rotation),
+            ("k_centroids", k_centroids),
+            ("v_centroids", v_centroids),
+            ("key", key),
+            ("value", value),
         ),
     )
     if _contents(device):
@@ -209,8 +169,13 @@ def check_compress(
     _devices(
         device,
         "x",
-        ("rotation", "centroids", "boundaries", "packed", "norms"),
-        (rotation, centroids, boundaries, packed, norms),
+        (
+            ("rotation", rotation),
+            ("centroids", centroids),
+            ("boundaries", boundaries),
+            ("packed", packed),
+            ("norms", norms),
+        ),
     )
     if _contents(device):
         _signs("rotation", rotation)
@@ -235,7 +200,11 @@ def check_decompress(
     _rotation("rotation", rotation, dim)
     _table("centroids", centroids, NUM_CENTROIDS)
     _packed_pair(packed, norms, (tokens, heads, dim))
-    _devices(device, "packed", ("norms", "rotation", "centroids", "out"), (norms, rotation, centroids, out))
+    _devices(
+        device,
+        "packed",
+        (("norms", norms), ("rotation", rotation), ("centroids", centroids), ("out", out)),
+    )
     if _contents(device):
         _signs("rotation", rotation)
 
@@ -305,20 +274,19 @@ def check_attention(
     _devices(
         device,
         "q",
-        _ATTENTION_TENSORS,
         (
-            cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            q_rotation,
-            out_rotation,
-            k_centroids,
-            k_codes,
-            v_centroids,
-            out,
-            lse,
-            sinks,
+            ("cache", cache),
+            ("block_table", block_table),
+            ("seq_lens", seq_lens),
+            ("query_start_loc", query_start_loc),
+            ("q_rotation", q_rotation),
+            ("out_rotation", out_rotation),
+            ("k_centroids", k_centroids),
+            ("k_codes", k_codes),
+            ("v_centroids", v_centroids),
+            ("out", out),
+            ("lse", lse),
+            ("sinks", sinks),
         ),
     )
     if tokens and out.data_ptr() == q.data_ptr():
@@ -528,14 +496,10 @@ def _packed_pair(packed: torch.Tensor, norms: torch.Tensor, shape: tuple[int, in
 
 
 def _devices(
-    device: torch.device,
-    reference_name: str,
-    names: tuple[str, ...],
-    tensors: tuple[torch.Tensor | None, ...],
+    device: torch.device, reference_name: str, tensors: tuple[tuple[str, torch.Tensor | None], ...]
 ) -> None:
-    for tensor in tensors:
+    for name, tensor in tensors:
         if tensor is not None and tensor.device != device:
-            name = next(name for name, other in zip(names, tensors, strict=True) if other is tensor)
             raise ValueError(
                 f"{name}: expected device {device} (that of {reference_name}), got {tensor.device}"
             )
