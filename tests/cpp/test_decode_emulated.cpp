@@ -474,9 +474,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
     others_untouched = others_untouched && out[i] == 0x7e7e;
   }
   const double relative = size > 0 ? std::sqrt(error / size) : 0;
-  const bool has_residual = plan.mode != tq4::DecodeMode::kInt8Rows16;
-  // Without the residual a tie may round the other way in double precision.
-  const double bound = c.bf16 ? 4e-3 : has_residual ? 8e-4 : 2e-3;
+  const double bound = c.bf16 ? 4e-3 : 8e-4;
   std::printf(
       "%-28s error %.1e  lse %.1e  (%d x %d warps, %d chunks, %d runs x %d, width %d, %s%s)\n",
       name.c_str(), relative, worst_lse, plan.teams, plan.slots, plan.num_chunks,
@@ -497,7 +495,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
     }
   }
   CHECK(relative < bound);
-  CHECK(worst_lse < (has_residual ? 1e-3 : 5e-3));
+  // Without the residual a tie may round the other way in double precision.
+  CHECK(worst_lse < (plan.mode == tq4::DecodeMode::kInt8Rows16 ? 5e-3 : 1e-3));
   CHECK(others_untouched);
   CHECK(right_specials);
 }
@@ -595,17 +594,6 @@ int main(int argc, char** argv) {
   test("3 heads, 5 rows", [](Case& c) { c.num_kv_heads = 3, c.group = 5, c.lengths = {50}; });
   test("18 heads",
        [](Case& c) { c.num_kv_heads = 18, c.group = 1, c.lengths = {20, 30}, c.num_sms = 5; });
-  for (int head_dim : {64, 96, 128, 256}) {
-    test("32 heads", [&](Case& c) {
-      c.head_dim = head_dim, c.num_kv_heads = 32, c.group = 1, c.lengths = {20, 70};
-      c.num_sms = 5, c.queries = {2, 1}, c.max_query_len = 2;
-    });
-  }
-  test("40 heads, 48", [](Case& c) {
-    c.num_kv_heads = 40, c.group = 1, c.lengths = {50, 3, 100}, c.num_sms = 3, c.block_size = 48;
-  });
-  test("16 heads, exact",
-       [](Case& c) { c.num_kv_heads = 16, c.group = 12, c.int8 = false, c.lengths = {50, 3}; });
   test("20 heads apart", [](Case& c) {
     c.num_kv_heads = 20, c.group = 1, c.lengths = {20, 30}, c.layout = Layout::kHeadMajorApart;
   });
@@ -632,10 +620,6 @@ int main(int argc, char** argv) {
       c.head_dim = head_dim, c.group = 4, c.queries = {4, 0, 2}, c.lengths = {60, 20, 1},
       c.max_query_len = 4;
     });
-    test(("rows in chunks" + suffix).c_str(), [&](Case& c) {
-      c.head_dim = head_dim, c.num_kv_heads = 8, c.group = 4, c.queries = {8, 0, 3, 5};
-      c.lengths = {60, 20, 3, 40}, c.max_query_len = 8, c.sinks = true;
-    });
     test(("rows 16 portable" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.group = 16, c.lengths = {60, 20}, c.bulk = false;
     });
@@ -649,10 +633,6 @@ int main(int argc, char** argv) {
     test(("int8x2, rows 16" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.int8 = false, c.group = 4, c.queries = {4, 0, 2};
       c.lengths = {60, 20, 1}, c.max_query_len = 4;
-    });
-    test(("int8x2, rows in chunks" + suffix).c_str(), [&](Case& c) {
-      c.head_dim = head_dim, c.int8 = false, c.num_kv_heads = 8, c.group = 5;
-      c.queries = {4, 1, 5}, c.lengths = {60, 20, 3}, c.max_query_len = 5;
     });
     test(("int8x2, outliers" + suffix).c_str(), [&](Case& c) {
       c.head_dim = head_dim, c.int8 = false, c.outliers = true, c.lengths = {130, 90};
@@ -820,6 +800,31 @@ int main(int argc, char** argv) {
     for (int i = 0; i < 700; ++i) c.lengths.push_back(i % 97 == 0 ? 17 : 0);
     c.num_sms = 3, c.num_kv_heads = 1, c.group = 1, c.head_dim = 64;
   });
+
+  // Cases are numbered for their seeds: new ones at the end.
+  for (int head_dim : {64, 96, 128, 256}) {
+    test("32 heads", [&](Case& c) {
+      c.head_dim = head_dim, c.num_kv_heads = 32, c.group = 1, c.lengths = {20, 70};
+      c.num_sms = 5, c.queries = {2, 1}, c.max_query_len = 2;
+    });
+  }
+  test("40 heads, 48", [](Case& c) {
+    c.num_kv_heads = 40, c.group = 1, c.lengths = {50, 3, 100}, c.num_sms = 3, c.block_size = 48;
+  });
+  test("16 heads, exact",
+       [](Case& c) { c.num_kv_heads = 16, c.group = 12, c.int8 = false, c.lengths = {50, 3}; });
+  for (int head_dim : {64, 96, 128, 256}) {
+    const std::string suffix = " D " + std::to_string(head_dim);
+    test(("rows in chunks" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.num_kv_heads = 8, c.group = 4, c.queries = {8, 0, 3, 5};
+      c.lengths = {60, 20, 3, 40}, c.max_query_len = 8, c.sinks = true;
+    });
+    test(("int8x2, rows in chunks" + suffix).c_str(), [&](Case& c) {
+      c.head_dim = head_dim, c.int8 = false, c.num_kv_heads = 8, c.group = 5;
+      c.queries = {4, 1, 5}, c.lengths = {60, 20, 3}, c.max_query_len = 5;
+    });
+  }
+
   // test_decode_emulated fuzz [rounds] [seed] [first round]: random cases, on request.
   if (only == "fuzz") {
     const int rounds = argc > 2 ? std::atoi(argv[2]) : 20;
