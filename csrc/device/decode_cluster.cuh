@@ -41,6 +41,7 @@
 #include "decode_query.cuh"
 #include "decode_table.cuh"
 #include "decode_tile.cuh"
+#include "page_boxes.cuh"
 #include "parameter_lines.cuh"
 #include "tensor_map.h"
 
@@ -108,7 +109,8 @@ struct ClusterTiles {
     } else if (threadIdx.x % kWarpSize == 0) {
       ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
       if constexpr (C::kBoxes) {
-        copy_boxes(view, maps, plan.copy.stage, page, token, dst, barrier);
+        copy_page_boxes(view, maps, plan.copy.stage, head * view.code_head_stride,
+                        cluster_norm_box(head), page, token, dst, barrier);
       } else {
         copy_runs(view, plan.copy.stage, page, token, dst, barrier);
       }
@@ -134,20 +136,6 @@ struct ClusterTiles {
                                                        int token) const {
     return view.base + page * view.block_stride +
            (token * view.norm_token_stride + head * view.norm_head_stride);
-  }
-
-  __device__ __forceinline__ void copy_boxes(const PageView& view, const PageMaps& maps,
-                                             const StageView& place, int page, int token,
-                                             uint32_t dst, uint32_t barrier) const {
-    const int codes = head * view.code_head_stride, norms = cluster_norm_box(head);
-    const auto box = [&](const TensorMap& map, int to, int column) {
-      ptx::tensor_copy_once_to_shared(dst + to, map, column / kMapElementBytes, token, page,
-                                      barrier, ptx::read_once_policy());
-    };
-    box(maps.codes, place.k_codes, view.k_codes + codes);
-    box(maps.norms, place.k_norms, view.k_norms + norms);
-    box(maps.codes, place.v_codes, view.v_codes + codes);
-    box(maps.norms, place.v_norms, view.v_norms + norms);
   }
 
   __device__ __forceinline__ void copy_runs(const PageView& view, const StageView& place, int page,

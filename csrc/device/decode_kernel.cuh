@@ -100,15 +100,10 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
       const int page = next_page;
       next_page = load_page(first + count + lane);
       const int chunk = chunk_place(plan, reload(segment.chunk)).head_chunk;
-      if (Pipeline::copies_whole_tiles(plan) || Pipeline::copies_boxes(plan)) {
+      if (Pipeline::copies_tiles(plan)) {
         const int tile = first + lane;
         const int block = static_cast<int>(plan.block_divider.quotient(tile));
-        const int tile_in_block = tile - block * plan.tiles_per_block;
-        if (Pipeline::copies_boxes(plan)) {
-          pipeline.copy_boxes(maps, page, tile_in_block, chunk, count, ring);
-        } else {
-          pipeline.copy_tiles(page, tile_in_block, chunk, count, ring);
-        }
+        pipeline.copy_tiles(maps, page, tile - block * plan.tiles_per_block, chunk, count, ring);
       } else {
 #pragma unroll 1
         for (int i = 0; i < count; i += pipeline.batch()) {

@@ -15,10 +15,10 @@
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/smem.cuh"
-#include "../ptx/tensor_copy.cuh"
 #include "decode_key_codes.cuh"
 #include "decode_plan.h"
 #include "decode_share.cuh"
+#include "page_boxes.cuh"
 #include "parameter_lines.cuh"
 #include "tensor_map.h"
 
@@ -79,11 +79,9 @@ struct DecodeRing {
 // sm_80: cp.async, 16 bytes a lane where alignment allows.
 struct CpAsyncPipeline : DecodeRing {
   struct Maps {};
-  TQ4_DEVICE static constexpr bool copies_whole_tiles(const DecodePlan&) { return false; }
+  TQ4_DEVICE static constexpr bool copies_tiles(const DecodePlan&) { return false; }
   TQ4_DEVICE static constexpr bool copies_pieces(const DecodePlan&) { return false; }
-  TQ4_DEVICE static constexpr bool copies_boxes(const DecodePlan&) { return false; }
-  TQ4_DEVICE static void copy_tiles(int, int, int, int, RingPosition&) {}
-  TQ4_DEVICE static void copy_boxes(const Maps&, int, int, int, int, RingPosition&) {}
+  TQ4_DEVICE static void copy_tiles(const Maps&, int, int, int, int, RingPosition&) {}
   static constexpr int kFullArrivals = kWarpSize;
   TQ4_DEVICE static constexpr int batch() { return 1; }
   TQ4_DEVICE static constexpr int lane_tile() { return 0; }
@@ -137,30 +135,22 @@ struct CpAsyncPipeline : DecodeRing {
       int rep = lane / elements, at = (lane - rep * elements) * kBytes;
       const int step_rep = kWarpSize / elements;
       const int step_at = (kWarpSize - step_rep * elements) * kBytes;
+      const int to_step = step_rep * plan.copy.dst_stride + step_at;
+      const int from_step = step_rep * plan.copy.src_stride + step_at;
       const uint64_t policy = ptx::read_once_policy();
       uint32_t to = dst + rep * plan.copy.dst_stride + at;
       const uint8_t* from = src + rep * plan.copy.src_stride + at;
-      if (step_at == 0) {  // a lane keeps its place in the run
-        const int to_step = step_rep * plan.copy.dst_stride;
-        const int from_step = step_rep * plan.copy.src_stride;
 #pragma unroll 4
-        for (; rep < plan.copy.reps; rep += step_rep) {
-          ptx::cp_async_once<kBytes>(to, from, policy);
-          to += to_step;
-          from += from_step;
-        }
-        continue;
-      }
-#pragma unroll 1
-      while (rep < plan.copy.reps) {
-        to = dst + rep * plan.copy.dst_stride + at;
-        from = src + rep * plan.copy.src_stride + at;
+      for (; rep < plan.copy.reps; rep += step_rep) {
         ptx::cp_async_once<kBytes>(to, from, policy);
-        rep += step_rep;
+        to += to_step;
+        from += from_step;
         at += step_at;
-        if (at >= run.bytes) {
+        if (at >= run.bytes) {  // into the next repetition
           at -= run.bytes;
           ++rep;
+          to += plan.copy.dst_stride - run.bytes;
+          from += plan.copy.src_stride - run.bytes;
         }
       }
     }
@@ -189,18 +179,19 @@ struct BulkPipeline : DecodeRing {
   using Maps = PageMaps;
   static constexpr int kFullArrivals = 1;
 
-  __device__ __forceinline__ static bool copies_whole_tiles(const DecodePlan& plan) {
-    return plan.whole_tiles;
+  // Tile after tile, by copy_tiles().
+  __device__ __forceinline__ static bool copies_tiles(const DecodePlan& plan) {
+    return plan.whole_tiles || plan.boxes;
   }
   // copy() takes them from shared memory.
   __device__ __forceinline__ static bool copies_pieces(const DecodePlan& plan) {
-    return !copies_whole_tiles(plan) && !copies_boxes(plan);
+    return !copies_tiles(plan);
   }
-  __device__ __forceinline__ static bool copies_boxes(const DecodePlan& plan) { return plan.boxes; }
 
   // `count` tiles; `page` and `tile_in_block` of tile i are lane i's, who works out where it is.
-  __device__ __forceinline__ void copy_tiles(int page, int tile_in_block, int chunk, int count,
-                                             RingPosition& ring) const {
+  __device__ __forceinline__ void copy_tiles(const Maps& maps, int page, int tile_in_block,
+                                             int chunk, int count, RingPosition& ring) const {
+    if (plan.boxes) return copy_boxes(maps, page, tile_in_block, chunk, count, ring);
     const uint64_t own =
         reinterpret_cast<uint64_t>(source(page, plan.copy.run[0], tile_in_block, chunk));
     constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
@@ -221,34 +212,6 @@ struct BulkPipeline : DecodeRing {
       if (++stage == plan.num_stages) stage = 0, parity ^= 1;
     }
     ring = {stage, parity};
-  }
-
-  // The same, of boxes.
-  __device__ __forceinline__ void copy_boxes(const Maps& maps, int page, int tile_in_block,
-                                             int chunk, int count, RingPosition& ring) const {
-    constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const int its_page = __shfl_sync(kFullWarp, page, i);
-      const int token = __shfl_sync(kFullWarp, tile_in_block, i) * kTileTokens;
-      const uint32_t barrier = full(ring.stage);
-      ptx::mbarrier_wait(barrier + kEmpty, ring.parity ^ 1);  // its last readers are done
-      if (threadIdx.x % kWarpSize == 0) {
-        ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
-        const int heads = chunk * plan.heads_per_chunk;
-        const int codes = heads * plan.copy.stage.code_head_stride, norms = heads * 4;
-        const uint32_t stage = stages + ring.stage * plan.copy.stage_bytes;
-        const auto box = [&](const TensorMap& map, int to, int column) {
-          ptx::tensor_copy_once_to_shared(stage + to, map, column / kMapElementBytes, token,
-                                          its_page, barrier, ptx::read_once_policy());
-        };
-        box(maps.codes, plan.copy.stage.k_codes, cache.k_codes + codes);
-        box(maps.norms, plan.copy.stage.k_norms, cache.k_norms + norms);
-        box(maps.codes, plan.copy.stage.v_codes, cache.v_codes + codes);
-        box(maps.norms, plan.copy.stage.v_norms, cache.v_norms + norms);
-      }
-      ring.advance(1, plan.num_stages);
-    }
   }
 
   __device__ __forceinline__ int batch() const { return plan.bulk_batch; }
@@ -274,6 +237,28 @@ struct BulkPipeline : DecodeRing {
       const CopyPiece p = reload(shared.pieces[piece]);
       ptx::bulk_copy_once_to_shared(stage + p.dst, source(page, p, tile_in_block, chunk), p.bytes,
                                     full(at.stage), ptx::read_once_policy());
+    }
+  }
+
+ private:
+  // copy_tiles() of boxes.
+  __device__ __forceinline__ void copy_boxes(const Maps& maps, int page, int tile_in_block,
+                                             int chunk, int count, RingPosition& ring) const {
+    constexpr uint32_t kEmpty = offsetof(DecodeShared, empty) - offsetof(DecodeShared, full);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int its_page = __shfl_sync(kFullWarp, page, i);
+      const int token = __shfl_sync(kFullWarp, tile_in_block, i) * kTileTokens;
+      const uint32_t barrier = full(ring.stage);
+      ptx::mbarrier_wait(barrier + kEmpty, ring.parity ^ 1);  // its last readers are done
+      if (threadIdx.x % kWarpSize == 0) {
+        ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
+        const int heads = chunk * plan.heads_per_chunk;
+        copy_page_boxes(cache, maps, plan.copy.stage, heads * plan.copy.stage.code_head_stride,
+                        heads * 4, its_page, token, stages + ring.stage * plan.copy.stage_bytes,
+                        barrier);
+      }
+      ring.advance(1, plan.num_stages);
     }
   }
 };

@@ -358,7 +358,7 @@ inline int tile_wavefronts(const StageView& stage, const TokenMap& map) {
 
 // Whether bulk copies of some KV heads' rows can be boxes of a tensor map.
 inline bool takes_boxes(const PageView& view) {
-  return is_token_major(view) && takes_bulk_fields(view) && view.num_kv_heads % 4 == 0;
+  return is_token_major(view) && takes_bulk_fields(view);
 }
 
 // The boxes of one tile of a chunk of heads, all of them or a multiple of 4.  Where rows would all
@@ -540,10 +540,9 @@ inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
   plan.heads_per_chunk = p.cache.num_kv_heads;
   plan.rows_per_chunk = plan.max_rows;
   plan.row_chunks = plan.num_chunks = 1;
-  const bool boxes = is_token_major(p.cache);
-  plan.cluster_copy = !takes_bulk_fields(p.cache) ? ClusterCopy::kPieces
-                      : boxes                     ? ClusterCopy::kBoxes
-                                                  : ClusterCopy::kRuns;
+  plan.cluster_copy = takes_boxes(p.cache)         ? ClusterCopy::kBoxes
+                      : takes_bulk_fields(p.cache) ? ClusterCopy::kRuns
+                                                   : ClusterCopy::kPieces;
   plan.copy.width = copy_width(p.cache);
   StageView& stage = plan.copy.stage;
   stage.code_token_stride = head_dim / 2;
