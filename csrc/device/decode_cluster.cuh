@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       uint32_t a[1][4];
       load_query<Steps>(shared.query[0][own], shared.query[1][own], k, a);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rows.q[k][i] = pinned(a[0][i]);
+      for (int i = 0; i < 4; ++i) rows.q[k][0][i] = pinned(a[0][i]);
     }
   }
   LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);

@@ -150,7 +150,7 @@ __device__ __forceinline__ void check_output_rotation(const AttentionParams& p,
 template <typename Config>
 __device__ __forceinline__ void load_rows(const AttentionParams& p, const DecodePlan& plan,
                                           const DecodeSegment& segment, const ConsumerPlace& place,
-                                          DecodeRows<Config>& rows) {
+                                          uint32_t fragments, DecodeRows<Config>& rows) {
   constexpr int kRowBytes = Config::kInt8 ? Config::D : 2 * Config::D;
   const int g = threadIdx.x % kWarpSize / 4;
   const auto* workspace = static_cast<const uint8_t*>(p.workspace);
@@ -160,10 +160,11 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
   const int last = min(segment.num_queries * plan.group, plan.max_rows) - 1;
   const int first_query =  // in the workspace
       p.short_query_len > 0 ? segment.seq * p.short_query_len : segment.query_begin;
-  const uint8_t* source[2];
+  constexpr int kSources = 2 * Config::kRowTiles;
+  const uint8_t* source[kSources];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {  // A rows g and g + 8
-    const int octet = Config::kOctets == 2 ? i : 0;
+  for (int i = 0; i < kSources; ++i) {  // A rows g and g + 8
+    const int octet = Config::kResidual ? 0 : i;
     const int row = min(unit.first_row + place.first_row + 8 * octet + g, last);
     const int query = row / plan.group;
     const int64_t index = static_cast<int64_t>(first_query + query) * p.num_q_heads +
@@ -173,14 +174,32 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
     source[i] = workspace + codes + index * kRowBytes;
   }
   rows.source = source[0];
+  if constexpr (Config::kSharesQuery) {
+    rows.fragments = fragments + threadIdx.x % kWarpSize * 16;
+#pragma unroll
+    for (int k = 0; k < Config::kKeySteps; ++k) {
+#pragma unroll
+      for (int tile = 0; tile < Config::kRowTiles; ++tile) {
+        uint32_t a[1][4];
+        load_query<Config>(source[2 * tile], source[2 * tile + 1], k, a);
+        ptx::st_shared_v4(rows.fragments + 512 * (k * Config::kRowTiles + tile), a[0][0], a[0][1],
+                          a[0][2], a[0][3]);
+      }
+    }
+  }
   if constexpr (Config::kHoldsQuery) {
     constexpr int kStep = Config::kInt8 ? 1 : 2;
 #pragma unroll
     for (int k = 0; k < Config::kKeySteps; k += kStep) {
-      uint32_t a[kStep][4];
-      load_query<Config>(source[0], source[1], k, a);
 #pragma unroll
-      for (int i = 0; i < kStep * 4; ++i) rows.q[k + i / 4][i % 4] = pinned(a[i / 4][i % 4]);
+      for (int tile = 0; tile < Config::kRowTiles; ++tile) {
+        uint32_t a[kStep][4];
+        load_query<Config>(source[2 * tile], source[2 * tile + 1], k, a);
+#pragma unroll
+        for (int i = 0; i < kStep * 4; ++i) {
+          rows.q[k + i / 4][tile][i % 4] = pinned(a[i / 4][i % 4]);
+        }
+      }
     }
   }
 }
@@ -238,7 +257,9 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
   }
 
   DecodeRows<Config> rows;
-  load_rows<Config>(p, plan, segment, place, rows);
+  const uint32_t fragments = smem + decode_query_offset(Config::kMode) +
+                             threadIdx.x / kWarpSize * warp_query_bytes(Config::kMode, Config::D);
+  load_rows<Config>(p, plan, segment, place, fragments, rows);
   const auto unmasked = UnmaskedTiles::make(p, segment);
   const int last = tile_end - unmasked.begin;  // the loop counts from the first unmasked tile
 #pragma unroll 1
@@ -331,7 +352,7 @@ __device__ __forceinline__ void write_tables(const AttentionParams& p, const Dec
 template <typename Config>
 __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePlan& plan,
                                         DecodeShared& shared, uint32_t smem) {
-  const uint32_t exchange = smem + decode_merge_offset(Config::kMode);
+  const uint32_t exchange = smem + decode_merge_offset(Config::kMode, Config::D);
   const uint32_t lane_table = smem + 4 * (threadIdx.x % kWarpSize);
   WarpScratch& scratch = shared.warps[threadIdx.x / kWarpSize];
   const ConsumerPlace place = reload(scratch.place);

@@ -49,22 +49,30 @@ struct SplitTable {
     low[0] = pinned(w.x), low[1] = pinned(w.y), high[0] = pinned(w.z), high[1] = pinned(w.w);
   }
 
-  __device__ __forceinline__ void multiply_low(const uint32_t (&q)[4], const SplitSelectors& of,
-                                               int32_t (&sum)[4]) const {
+  // Of kTiles A operands, which share the look-up.
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_low(const uint32_t (&q)[kTiles][4],
+                                               const SplitSelectors& of,
+                                               int32_t (&sum)[kTiles][4]) const {
     multiply(low, q, of.low, sum);
   }
-  __device__ __forceinline__ void multiply_high(const uint32_t (&q)[4], const SplitSelectors& of,
-                                                int32_t (&sum)[4]) const {
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_high(const uint32_t (&q)[kTiles][4],
+                                                const SplitSelectors& of,
+                                                int32_t (&sum)[kTiles][4]) const {
     multiply(high, q, of.high, sum);
   }
 
  private:
+  template <int kTiles>
   __device__ __forceinline__ static void multiply(const uint32_t (&table)[2],
-                                                  const uint32_t (&q)[4],
+                                                  const uint32_t (&q)[kTiles][4],
                                                   const uint32_t (&selectors)[2],
-                                                  int32_t (&sum)[4]) {
-    ptx::mma_m16n8k32_s8s8s32(sum, q, ptx::prmt(table[0], table[1], selectors[0]),
-                              ptx::prmt(table[0], table[1], selectors[1]), sum);
+                                                  int32_t (&sum)[kTiles][4]) {
+    const uint32_t b0 = ptx::prmt(table[0], table[1], selectors[0]);
+    const uint32_t b1 = ptx::prmt(table[0], table[1], selectors[1]);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) ptx::mma_m16n8k32_s8s8s32(sum[i], q[i], b0, b1, sum[i]);
   }
 };
 
@@ -89,8 +97,9 @@ struct PlainKeyCodes {
   __device__ __forceinline__ void load(const Tables& tables) { codes.load(tables.codes); }
 
   // acc += q . code
-  __device__ __forceinline__ void multiply(const uint32_t (&q)[4], uint32_t word,
-                                           int32_t (&acc)[4]) const {
+  template <int kTiles>
+  __device__ __forceinline__ void multiply(const uint32_t (&q)[kTiles][4], uint32_t word,
+                                           int32_t (&acc)[kTiles][4]) const {
     const SplitSelectors selectors = SplitSelectors::make(word);
     codes.multiply_low(q, selectors, acc);
     codes.multiply_high(q, selectors, acc);
@@ -131,8 +140,8 @@ struct SplitKeyCodes {
   }
 
   // acc += q . code, rest += q . rest
-  __device__ __forceinline__ void multiply(const uint32_t (&q)[4], uint32_t word, int32_t (&acc)[4],
-                                           int32_t (&rest)[4]) const {
+  __device__ __forceinline__ void multiply(const uint32_t (&q)[1][4], uint32_t word,
+                                           int32_t (&acc)[1][4], int32_t (&rest)[1][4]) const {
     const SplitSelectors selectors = SplitSelectors::make(word);
     codes.multiply_low(q, selectors, acc);
     rests.multiply_low(q, selectors, rest);

@@ -21,6 +21,7 @@ namespace tq4 {
 //                 left of q, so that quantising q costs no accuracy
 //   kInt8Rows16   16 rows share the unpacking of K and V; no residual.  Not at D = 256, where the
 //                 accumulators would not fit in registers
+//   kInt8Rows32   likewise 32, by warps of 232 registers (bulk pipeline)
 //   kFp16Rows8    the exact mode (int8 = false): q as two fp16 terms, K in fp16
 //   kInt8x2Rows8  the exact mode of the bulk pipeline: q and K as two INT8 terms each, no less
 //                 exact than fp16, and little slower than kInt8Rows8
@@ -29,12 +30,14 @@ enum class DecodeMode : int32_t {
   kInt8Rows8 = 0,
   kInt8Rows16 = 1,
   kFp16Rows8 = 2,
-  kInt8x2Rows8 = 3
+  kInt8x2Rows8 = 3,
+  kInt8Rows32 = 4
 };
 
 constexpr DecodeMode decode_mode(int head_dim, int max_rows, bool int8, bool bulk) {
   if (!int8) return bulk ? DecodeMode::kInt8x2Rows8 : DecodeMode::kFp16Rows8;
-  return max_rows > 8 && head_dim != 256 ? DecodeMode::kInt8Rows16 : DecodeMode::kInt8Rows8;
+  if (max_rows <= 8 || head_dim == 256) return DecodeMode::kInt8Rows8;
+  return max_rows <= 16 || !bulk ? DecodeMode::kInt8Rows16 : DecodeMode::kInt8Rows32;
 }
 
 // Whether q is INT8 codes (and, with one octet, their residuals), else two fp16 terms.
@@ -45,23 +48,25 @@ TQ4_HOST_DEVICE constexpr bool has_int8_query(DecodeMode mode) {
 // Whether keys are the INT8 codes of AttentionParams, with their scale; else the kernel makes what
 // it needs from the centroids.
 TQ4_HOST_DEVICE constexpr bool has_given_codes(DecodeMode mode) {
-  return mode == DecodeMode::kInt8Rows8 || mode == DecodeMode::kInt8Rows16;
+  return mode == DecodeMode::kInt8Rows8 || mode == DecodeMode::kInt8Rows16 ||
+         mode == DecodeMode::kInt8Rows32;
 }
 
 TQ4_HOST_DEVICE constexpr int decode_octets(DecodeMode mode) {
-  return mode == DecodeMode::kInt8Rows16 ? 2 : 1;
+  return mode == DecodeMode::kInt8Rows32 ? 4 : mode == DecodeMode::kInt8Rows16 ? 2 : 1;
 }
 
+constexpr int kRows32Warps = 8;
 // Consumer warps of a CTA.  16 hide latency best, and need registers moved from the producer to the
 // consumers (sm_90a): 112 a thread.  8 have 168.
 constexpr int decode_warps(int head_dim, DecodeMode mode, bool bulk) {
   const bool fits = mode == DecodeMode::kInt8Rows8 || mode == DecodeMode::kInt8x2Rows8;
-  return bulk && fits && head_dim <= 128 ? 16 : 8;
+  return bulk && fits && head_dim <= 128 ? 16 : kRows32Warps;
 }
 
-// Query rows of a KV head that decode takes at most.
+// Query rows of a KV head that decode takes at most: beyond, prefill is faster.
 constexpr int decode_row_limit(int head_dim, bool int8) {
-  const DecodeMode mode = decode_mode(head_dim, INT32_MAX, int8, false);
+  const DecodeMode mode = decode_mode(head_dim, 16, int8, false);
   return 8 * decode_octets(mode) * decode_warps(head_dim, mode, false);
 }
 
@@ -106,13 +111,20 @@ TQ4_HOST_DEVICE constexpr int merge_area_bytes(bool bulk, int octets) {
   return (merge_quads(bulk) * 16 + 2 * octets * 4) * kWarpSize;
 }
 
-// Where the shared memory of the main kernel goes: tables, barriers and scratch, merge exchange,
-// stages.
+// Where the shared memory of the main kernel goes: tables, barriers and scratch, queries, merge
+// exchange, stages.
 TQ4_HOST_DEVICE constexpr int decode_shared_offset(DecodeMode mode) {
   return (has_int8_query(mode) ? 1 : 2) * kDecodeTableBytes;
 }
-TQ4_HOST_DEVICE constexpr int decode_merge_offset(DecodeMode mode) {
+// A fragments of q that do not fit in registers, of all warps.
+TQ4_HOST_DEVICE constexpr int decode_query_offset(DecodeMode mode) {
   return decode_shared_offset(mode) + kDecodeSharedBytes;
+}
+TQ4_HOST_DEVICE constexpr int warp_query_bytes(DecodeMode mode, int head_dim) {
+  return mode == DecodeMode::kInt8Rows32 ? 32 * head_dim : 0;
+}
+TQ4_HOST_DEVICE constexpr int decode_merge_offset(DecodeMode mode, int head_dim) {
+  return decode_query_offset(mode) + kRows32Warps * warp_query_bytes(mode, head_dim);
 }
 
 // Shared memory of a CTA by compute capability, after opt-in.
@@ -499,8 +511,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     int half = 1;
     while (2 * half < plan.teams) half *= 2;
     const int senders = plan.teams > 1 ? std::max(plan.teams - half, half / 2) * plan.slots : 0;
-    plan.stage_offset =
-        decode_merge_offset(plan.mode) + round_up(senders * merge_area_bytes(bulk, octets), 128);
+    plan.stage_offset = decode_merge_offset(plan.mode, view.head_dim) +
+                        round_up(senders * merge_area_bytes(bulk, octets), 128);
     plan.num_stages =
         std::min(kDecodeMaxStages, (limit - plan.stage_offset) / plan.copy.stage_bytes);
     if (plan.num_stages >= kFewestStages) break;

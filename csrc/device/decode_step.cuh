@@ -47,23 +47,28 @@ struct DecodeConfig {
   static constexpr bool kInt8 = has_int8_query(kMode);
   static constexpr int kOctets = decode_octets(kMode);  // groups of 8 query rows of a warp
   static constexpr bool kResidual = kOctets == 1;
+  static constexpr int kRowTiles = (kOctets + 1) / 2;  // A operands
   static constexpr bool kSplitKeys = kMode == DecodeMode::kInt8x2Rows8;
   static constexpr int kRows = 8 * kOctets;
   using Map = DecodeMap<D>;
   static constexpr int kKeySteps = kInt8 ? D / 32 : D / 16;  // MMAs along the head dimension
 
   // 16 k-steps of 4 registers would not leave enough for O: read again for each tile.
-  static constexpr bool kHoldsQuery = kKeySteps < 16;
+  static constexpr bool kHoldsQuery = kKeySteps < 16 && kOctets < 4;
+  // 32 rows: their A fragments are in shared memory, those of O take the registers.
+  static constexpr bool kSharesQuery = kOctets == 4;
   // Words of V that are expanded before the softmax, which then hides that: where there are
   // registers for it, and few warps to hide it otherwise.
   static constexpr int kWordsAhead = kBulk_ && kOctets == 2 ? 1 : 0;
 
   static constexpr int kWarps = decode_warps(D, kMode, kBulk);  // consumers
   // Registers move between whole groups of 4 warps; otherwise one producer warp will do.  The CTA
-  // cannot hold more than it was launched with: 96 for each of 20 warps.
-  static constexpr bool kMovesRegisters = kWarps == 16;
-  static constexpr int kConsumerRegisters = 112, kProducerRegisters = 32;
-  static_assert(16 * kConsumerRegisters + 4 * kProducerRegisters <= 20 * 96, "or setmaxnreg hangs");
+  // cannot hold more than it was launched with: 96 for each of 20 warps, 168 for each of 12.
+  static constexpr bool kMovesRegisters = kWarps == 16 || kOctets == 4;
+  static constexpr int kConsumerRegisters = kWarps == 16 ? 112 : 232, kProducerRegisters = 32;
+  static_assert(kWarps * kConsumerRegisters + 4 * kProducerRegisters <=
+                    (kWarps + 4) * (kWarps == 16 ? 96 : 168),
+                "or setmaxnreg hangs");
   static constexpr int kThreads = (kWarps + (kMovesRegisters ? 4 : 1)) * kWarpSize;
 };
 
@@ -90,15 +95,16 @@ constexpr float kKeyRest = 1.f / kKeyRestUnits;
 template <typename Config>
 using KeyCodes = std::conditional_t<Config::kSplitKeys, SplitKeyCodes, PlainKeyCodes>;
 
-// What a lane knows of its rows g and g + 8, for one segment: A fragments of q, and by octet the
+// What a lane knows of its rows 8 i + g, for one segment: A fragments of q, and by octet the
 // log2 units of one unit of norm * score, a score being kScoreUnits (q . k).
 template <typename Config>
 struct DecodeRows {
   static constexpr int kHeld = Config::kHoldsQuery ? Config::kKeySteps : 1;
   static constexpr int kScoreUnits =
       has_given_codes(Config::kMode) && Config::kResidual ? kQueryRestUnits : 1;
-  uint32_t q[kHeld][4];
+  uint32_t q[kHeld][Config::kRowTiles][4];
   const uint8_t* source;  // of row g in the workspace, where q is not held
+  uint32_t fragments;  // shared address of the lane's, where they are there: 512 bytes to the next
   float scale[Config::kOctets];
 };
 
@@ -259,29 +265,49 @@ __device__ __forceinline__ void compute_scores(
       load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
     }
     if constexpr (Config::kSplitKeys) {
-      int32_t acc[4] = {}, rest[4] = {};
+      int32_t acc[1][4] = {}, rest[1][4] = {};
 #pragma unroll
       for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc, rest);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         // (q8 + r8 / 256) . (code + rest / 128)
         const auto rounded = [](int32_t sum) { return static_cast<float>(sum); };
-        const float codes = fmaf(rounded(acc[2 + b]), kQueryRest, rounded(acc[b]));
-        s[0][2 * j + b] = fmaf(rounded(rest[2 + b]), kQueryRest * kKeyRest,
-                               fmaf(rounded(rest[b]), kKeyRest, codes));
+        const float codes = fmaf(rounded(acc[0][2 + b]), kQueryRest, rounded(acc[0][b]));
+        s[0][2 * j + b] = fmaf(rounded(rest[0][2 + b]), kQueryRest * kKeyRest,
+                               fmaf(rounded(rest[0][b]), kKeyRest, codes));
+      }
+    } else if constexpr (Config::kSharesQuery) {
+      int32_t acc[Config::kRowTiles][4] = {};
+      load_key_words<Config::D, Config::kWide>(key_address + j * code_step, words);
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) {
+        uint32_t q[Config::kRowTiles][4];
+#pragma unroll
+        for (int tile = 0; tile < Config::kRowTiles; ++tile) {
+          const uint4 w = ptx::ld_shared_v4(rows.fragments + 512 * (k * Config::kRowTiles + tile));
+          q[tile][0] = w.x, q[tile][1] = w.y, q[tile][2] = w.z, q[tile][3] = w.w;
+        }
+        key_codes.multiply(q, words[k], acc);
+      }
+#pragma unroll
+      for (int i = 0; i < Config::kOctets; ++i) {
+        s[i][2 * j] = static_cast<float>(acc[i / 2][i % 2 * 2]);
+        s[i][2 * j + 1] = static_cast<float>(acc[i / 2][i % 2 * 2 + 1]);
       }
     } else if constexpr (Config::kInt8) {
-      int32_t acc[4] = {};
+      int32_t acc[Config::kRowTiles][4] = {};
 #pragma unroll
       for (int k = 0; k < kWords; ++k) key_codes.multiply(rows.q[k], words[k], acc);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         if constexpr (Config::kResidual) {
           // As an integer: one conversion, and the same rounding.
-          s[0][2 * j + b] = static_cast<float>(acc[b] * kQueryRestUnits + acc[2 + b]);
+          s[0][2 * j + b] = static_cast<float>(acc[0][b] * kQueryRestUnits + acc[0][2 + b]);
         } else {
-          s[0][2 * j + b] = static_cast<float>(acc[b]);
-          s[1][2 * j + b] = static_cast<float>(acc[2 + b]);
+#pragma unroll
+          for (int i = 0; i < Config::kOctets; ++i) {
+            s[i][2 * j + b] = static_cast<float>(acc[i / 2][i % 2 * 2 + b]);
+          }
         }
       }
     } else {
@@ -298,7 +324,7 @@ __device__ __forceinline__ void compute_scores(
       };
       if constexpr (Config::kHoldsQuery) {
 #pragma unroll
-        for (int k = 0; k < kWords; ++k) multiply(words[k], rows.q[2 * k], rows.q[2 * k + 1]);
+        for (int k = 0; k < kWords; ++k) multiply(words[k], rows.q[2 * k][0], rows.q[2 * k + 1][0]);
       } else {
         // A loop: unrolled, it would be filled with loads ahead of their use until registers run
         // out.
@@ -389,12 +415,18 @@ __device__ __forceinline__ void update_softmax(
     }
   }
 
-  float weight[Config::kOctets][4], sum[Config::kOctets];
+  float sum[Config::kOctets];
+  const auto pack = [&](int i, const float (&weight)[4]) {
+    weights[i][0] = ptx::pack_f16x2(weight[0], weight[1]);
+    weights[i][1] = ptx::pack_f16x2(weight[2], weight[3]);
+  };
   bool fits = true;
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
-    sum[i] = exponentiate<false>(s[i], scale[i], state.m[i], value_norm, weight[i]);
-    const float total = (weight[i][0] + weight[i][1]) + (weight[i][2] + weight[i][3]);
+    float weight[4];
+    sum[i] = exponentiate<false>(s[i], scale[i], state.m[i], value_norm, weight);
+    const float total = (weight[0] + weight[1]) + (weight[2] + weight[3]);
+    pack(i, weight);
     // Sums, not maxima: additions run on a pipe with room to spare.  Written so that NaN fails: the
     // very first tile may meet inf * 0, and a hidden key a norm that is none.
     fits = fits && fmaf(sum[i], kDenominatorScale, total) <= kLargestWeight;
@@ -403,15 +435,13 @@ __device__ __forceinline__ void update_softmax(
     raise_reference<Config>(s, scale, value_norm, state);
 #pragma unroll
     for (int i = 0; i < Config::kOctets; ++i) {
-      sum[i] = exponentiate<true>(s[i], scale[i], state.m[i], value_norm, weight[i]);
+      float weight[4];
+      sum[i] = exponentiate<true>(s[i], scale[i], state.m[i], value_norm, weight);
+      pack(i, weight);
     }
   }
 #pragma unroll
-  for (int i = 0; i < Config::kOctets; ++i) {
-    state.l[i] += sum[i];
-    weights[i][0] = ptx::pack_f16x2(weight[i][0], weight[i][1]);
-    weights[i][1] = ptx::pack_f16x2(weight[i][2], weight[i][3]);
-  }
+  for (int i = 0; i < Config::kOctets; ++i) state.l[i] += sum[i];
 }
 
 // The A fragments of V of words [first, last), one m-tile after the other: use(tile, a).  a0,a1:

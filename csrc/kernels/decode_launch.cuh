@@ -27,6 +27,11 @@ void launch_decode_int8_config(const AttentionParams& p, const DecodePlan& plan,
     if (plan.mode == DecodeMode::kInt8Rows16) {
       return launch_decode_config<D, DecodeMode::kInt8Rows16, kBulk, kWide>(p, plan, stream);
     }
+    if constexpr (kBulk) {
+      if (plan.mode == DecodeMode::kInt8Rows32) {
+        return launch_decode_config<D, DecodeMode::kInt8Rows32, kBulk, kWide>(p, plan, stream);
+      }
+    }
   }
   launch_decode_config<D, DecodeMode::kInt8Rows8, kBulk, kWide>(p, plan, stream);
 }

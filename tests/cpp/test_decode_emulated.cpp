@@ -93,6 +93,10 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
     return go(tq4::DecodeConfig<D, DecodeMode::kInt8x2Rows8, true, false>{});
   }
   if constexpr (D != 256) {
+    if (plan.mode == DecodeMode::kInt8Rows32) {
+      if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows32, true, true>{});
+      return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows32, true, false>{});
+    }
     if (plan.mode == DecodeMode::kInt8Rows16) {
       if (!plan.bulk) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, true>{});
       if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, true, true>{});
@@ -210,6 +214,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   p.q_signs = p.out_signs = c.rotate && has_signs;
   const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
   CHECK((plan.cluster > 0) == c.cluster);
+  const bool has_residual = tq4::decode_octets(plan.mode) == 1;
   const bool int8x2 = plan.mode == tq4::DecodeMode::kInt8x2Rows8;
   CHECK(!c.int8 || !int8x2);
   CHECK(c.int8 || int8x2 == plan.bulk);
@@ -406,7 +411,7 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
         const double* query = &q_exact[(static_cast<size_t>(token) * hq + h) * D];
         std::copy(query, query + D, row.begin());
         if (c.rotate) multiply(query, true, row.data());
-        if (plan.mode == tq4::DecodeMode::kInt8Rows16) {
+        if (!has_residual) {
           double largest = 0;
           for (double x : row) largest = std::max(largest, std::fabs(x));
           for (double& x : row) x = std::nearbyint(x * 127 / largest) * largest / 127;

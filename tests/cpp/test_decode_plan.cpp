@@ -212,7 +212,7 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   const int64_t rows = int64_t{p.num_tokens} * p.num_q_heads;
   CHECK(plan.query_residual - plan.query_codes >=
         rows * view.head_dim * (tq4::has_int8_query(plan.mode) ? 1 : 2));
-  CHECK(octets == 2 ||
+  CHECK(octets > 1 ||
         plan.query_scale - plan.query_residual >= plan.query_residual - plan.query_codes);
   CHECK(plan.dense_rotation - plan.query_scale >= rows * 4);
   CHECK(plan.partial_stats - plan.unit_ctas >= int64_t{8} * p.num_seqs * plan.num_chunks);
