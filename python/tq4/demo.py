@@ -217,8 +217,26 @@ def _relative(x: torch.Tensor, reference: torch.Tensor) -> float:
 # ---- Timing
 
 
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """``call`` as a CUDA graph, which is how engines decode: no time of the host between kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is compiled or set up once is, outside of the capture
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 class _Clock:
-    """Median time of a call in ms: CUDA events with a cold L2, or the wall clock on a CPU."""
+    """Median time of a call in ms: CUDA events with a cold L2, or the wall clock on a CPU.
+
+    On a GPU the call is captured and replayed, but where it cannot be (``eager``).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -226,7 +244,7 @@ class _Clock:
         if device.type == "cuda":
             self._flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
 
-    def __call__(self, call: Callable[[], object]) -> float:
+    def __call__(self, call: Callable[[], object], eager: bool = False) -> float:
         if self._flush is None:
             times = []
             begin = time.perf_counter()
@@ -235,6 +253,7 @@ class _Clock:
                 call()
                 times.append((time.perf_counter() - start) * 1e3)
             return statistics.median(times)
+        call = call if eager else _captured(call)
         call()
         events = []
         for _ in range(20):
@@ -257,6 +276,7 @@ class _Sequence:
     def __init__(self, settings: Settings, data: tuple[torch.Tensor, ...], quantizer: Quantizer) -> None:
         q, k, v = data
         tokens, kv_heads, head_dim = k.shape
+        self.first = tokens - settings.decode_tokens  # tokens of the prefill
         page = settings.page
         pages = -(-tokens // page)
         self.q, self.k, self.v, self.quantizer = q, k, v, quantizer
@@ -270,6 +290,7 @@ class _Sequence:
         self.slots = (blocks[position // page] * page + position % page).to(q.device)
         self.block_table = blocks[None].to(q.device, torch.int32)
         self.lengths = torch.arange(tokens + 1, dtype=torch.int32, device=q.device)
+        self.starts = torch.tensor([0, self.first], dtype=torch.int32, device=q.device)
 
     def store(self, begin: int, end: int, backend: str) -> None:
         from . import store
@@ -277,19 +298,17 @@ class _Sequence:
         new = slice(begin, end)
         store(self.k[new], self.v[new], self.cache, self.slots[new], self.quantizer, backend=backend)
 
-    def prefill(self, end: int, backend: str) -> torch.Tensor:
+    def prefill(self, backend: str) -> torch.Tensor:
         from . import prefill
 
-        starts = self.lengths[[0, end]]
-        length = self.lengths[end : end + 1]
         return prefill(
-            self.q[:end],
+            self.q[: self.first],
             self.cache,
             self.block_table,
-            length,
-            starts,
+            self.lengths[self.first : self.first + 1],
+            self.starts,
             self.quantizer,
-            max_query_len=end,
+            max_query_len=self.first,
             backend=backend,
         )
 
@@ -469,7 +488,7 @@ def _measure(
         advance(f"{backend}: store")
         sequence.store(0, first, backend)
         advance(f"{backend}: prefill")
-        whole = sequence.prefill(first, backend)
+        whole = sequence.prefill(backend)
         advance(f"{backend}: decode")
         outputs = []
         for position in range(first, tokens):
@@ -477,11 +496,12 @@ def _measure(
             outputs.append(sequence.decode(position, backend))
         last = torch.cat(outputs)
         advance(f"{backend}: time of store")
-        store_ms = clock(lambda: sequence.store(0, first, backend))  # noqa: B023 (called at once)
+        eager = backend == "reference"  # plain torch that reads lengths on the host
+        store_ms = clock(lambda: sequence.store(0, first, backend), eager)  # noqa: B023 (called at once)
         advance(f"{backend}: time of prefill")
-        prefill_ms = clock(lambda: sequence.prefill(first, backend))  # noqa: B023
+        prefill_ms = clock(lambda: sequence.prefill(backend), eager)  # noqa: B023
         advance(f"{backend}: time of decode")
-        decode_ms = clock(lambda: sequence.decode(tokens - 1, backend))  # noqa: B023
+        decode_ms = clock(lambda: sequence.decode(tokens - 1, backend), eager)  # noqa: B023
         stores.append(Row("store", backend, None, None, store_ms, None))
         for rows, step, i, out, ms in (
             (prefills, "prefill", 0, whole, prefill_ms),
