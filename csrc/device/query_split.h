@@ -24,6 +24,12 @@ namespace tq4 {
 // tokens a sequence, as in speculative decoding, would be left to prefill.
 constexpr int kShortRows = 16;
 
+// The same where all sequences of a call have so few, as when drafts are verified: nothing is
+// planned for more rows than there are.  With 64 x 8K and 64/8 heads decode takes 0.38 ms for 32
+// rows and 0.75 for 64, prefill 1.35 (docs/tuning.md).  Of the bulk pipeline; the portable one's
+// warps take no more than 16 rows.
+constexpr int kFewRows = 64;
+
 // Most query tokens with which a sequence is decode's; 0: none is.
 inline int short_query_len(const AttentionParams& p) {
   const PageView& view = p.cache;
@@ -32,6 +38,14 @@ inline int short_query_len(const AttentionParams& p) {
   const int group = p.num_q_heads / view.num_kv_heads;
   if (group < 1 || group > decode_row_limit(view.head_dim, p.int8)) return 0;
   return std::max(1, kShortRows / group);
+}
+
+// Most query tokens with which a call is decode's, if no sequence has more.
+inline int few_query_len(const AttentionParams& p) {
+  const int most = short_query_len(p);
+  if (most == 0 || p.arch != 90 || p.path == Path::kPortable) return most;
+  const int group = p.num_q_heads / p.cache.num_kv_heads;
+  return std::max(most, std::min(kFewRows, decode_row_limit(p.cache.head_dim, p.int8)) / group);
 }
 
 // The two parts of a prefill, with the division between them.
@@ -45,7 +59,7 @@ inline QuerySplit split_queries(const AttentionParams& p) {
   split.decode.short_query_len = split.prefill.short_query_len = 0;
   const int most = short_query_len(p);
   if (most == 0) return split;
-  if (p.max_query_len <= most) {  // all of them
+  if (p.max_query_len <= few_query_len(p)) {  // all of them
     split.has_decode = true;
     split.has_prefill = false;
     split.decode.max_query_len = std::max(1, p.max_query_len);

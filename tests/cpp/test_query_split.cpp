@@ -44,12 +44,25 @@ void check_threshold() {
           planned = false;
         }
         CHECK(planned == (most > 0));
+        const int few = tq4::few_query_len(p);
+        CHECK(few >= most && (few == most || few * group <= tq4::kFewRows));
+        if (few > 0) {
+          p.max_query_len = few;
+          CHECK(tq4::make_decode_plan(p, true).max_rows == few * group);
+          CHECK(!tq4::split_queries(p).has_prefill);
+          p.max_query_len = few + 1;
+          CHECK(tq4::split_queries(p).has_prefill);
+        }
+        tq4::AttentionParams portable = p;
+        portable.path = tq4::Path::kPortable;
+        CHECK(tq4::few_query_len(portable) == most);
         p.short_queries = tq4::ShortQueries::kPrefill;
-        CHECK(tq4::short_query_len(p) == 0);
+        CHECK(tq4::short_query_len(p) == 0 && tq4::few_query_len(p) == 0);
       }
     }
   }
   CHECK(tq4::short_query_len(problem(128, 4, true)) == 4);
+  CHECK(tq4::few_query_len(problem(128, 8, true)) == 8);
   // What decode cannot do at all.
   CHECK(tq4::short_query_len(problem(128, 4, true, 24)) == 0);
   tq4::AttentionParams p = problem(128, 4, true);
@@ -102,7 +115,9 @@ void check_choices() {
   CHECK(s.decode.max_query_len == 4);
   s = split(8, 20, 0);  // padding rows only
   CHECK(s.has_decode && s.decode.max_query_len == 1);
-  s = split(8, 40, 5);  // all of one length
+  s = split(8, 128, 16);  // a few rows more, but of all of them
+  CHECK(s.has_decode && !s.has_prefill && s.decode.max_query_len == 16);
+  s = split(8, 136, 17);  // all of one length
   CHECK(!s.has_decode && s.has_prefill && s.prefill.short_query_len == 0);
   s = split(1, 20, 30);  // one sequence
   CHECK(!s.has_decode && s.has_prefill);
