@@ -41,6 +41,7 @@
 #include "decode_query.cuh"
 #include "decode_table.cuh"
 #include "decode_tile.cuh"
+#include "page_boxes.cuh"
 #include "parameter_lines.cuh"
 #include "tensor_map.h"
 
@@ -92,7 +93,7 @@ struct ClusterTiles {
   }
 
   // Starts the copies of tile i, if there is one, into a stage that all lanes have read.
-  __device__ __forceinline__ void copy(const PageView& view, const TensorMap& codes_map,
+  __device__ __forceinline__ void copy(const PageView& view, const PageMaps& maps,
                                        const DecodePlan& plan, int i) {
     if (i >= count) return;
     if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
@@ -102,18 +103,17 @@ struct ClusterTiles {
         (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
         kTileTokens;
     const uint32_t dst = stage(i), barrier = landed + 8 * (i % C::kStages);
-    if (threadIdx.x % kWarpSize == 0 && (C::kBoxes || plan.cluster_copy == ClusterCopy::kRuns)) {
+    if (!C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces) {
+      copy_pieces(view, plan, page, token, dst);
+      ptx::mbarrier_arrive_on_cp_async(barrier);
+    } else if (threadIdx.x % kWarpSize == 0) {
       ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
       if constexpr (C::kBoxes) {
-        copy_boxes(view, codes_map, plan.copy.stage, page, token, dst, barrier);
+        copy_page_boxes(view, maps, plan.copy.stage, head * view.code_head_stride,
+                        cluster_norm_box(head), page, token, dst, barrier);
       } else {
         copy_runs(view, plan.copy.stage, page, token, dst, barrier);
       }
-    }
-    if (C::kBoxes || plan.cluster_copy == ClusterCopy::kPieces) {
-      if constexpr (!C::kBoxes) copy_pieces(view, plan, page, token, dst);
-      copy_norms(view, plan.copy.stage, page, token, dst);
-      ptx::mbarrier_arrive_on_cp_async(barrier);
     }
   }
 
@@ -136,18 +136,6 @@ struct ClusterTiles {
                                                        int token) const {
     return view.base + page * view.block_stride +
            (token * view.norm_token_stride + head * view.norm_head_stride);
-  }
-
-  __device__ __forceinline__ void copy_boxes(const PageView& view, const TensorMap& codes_map,
-                                             const StageView& place, int page, int token,
-                                             uint32_t dst, uint32_t barrier) const {
-    const auto box = [&](int to, int field) {
-      ptx::tensor_copy_once_to_shared(dst + to, codes_map,
-                                      (field + head * view.code_head_stride) / kMapElementBytes,
-                                      token, page, barrier, ptx::read_once_policy());
-    };
-    box(place.k_codes, view.k_codes);
-    box(place.v_codes, view.v_codes);
   }
 
   __device__ __forceinline__ void copy_runs(const PageView& view, const StageView& place, int page,
@@ -189,12 +177,7 @@ struct ClusterTiles {
     } else {
       copy_codes(std::integral_constant<int, 4>{});
     }
-  }
-
-  // By all lanes, K norms by the first half of the warp.
-  __device__ __forceinline__ void copy_norms(const PageView& view, const StageView& place, int page,
-                                             int token, uint32_t dst) const {
-    const int own = threadIdx.x % kTileTokens;
+    const int own = threadIdx.x % kTileTokens;  // K norms by the first half of the warp
     const bool second = threadIdx.x % kWarpSize >= kTileTokens;
     ptx::cp_async<4>(dst + (second ? place.v_norms : place.k_norms) + 4 * own,
                      find_norms(view, page, token) + (second ? view.v_norms : view.k_norms) +
@@ -249,7 +232,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     decode_cluster_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ DecodePlan plan,
-                          const __grid_constant__ TensorMap codes_map) {
+                          const __grid_constant__ PageMaps maps) {
   using Steps = typename C::Steps;
   using Sum = RowSum<C::D>;
   uint8_t* bytes = ptx::dynamic_shared();
@@ -265,7 +248,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::mbarrier_init(arrived, 1);
     ptx::mbarrier_fence_init();
     if constexpr (C::kBoxes) {
-      ptx::prefetch_tensor_map(codes_map);
+      ptx::prefetch_tensor_map(maps.codes);
+      ptx::prefetch_tensor_map(maps.norms);
     }
   }
   ptx::cluster_arrive();
@@ -306,16 +290,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   tiles.landed = ptx::smem_address(shared.landed[warp]);
   tiles.find_pages(plan, 0);
   if (lane == 0) {
-    const int arrivals = C::kBoxes                                   ? 1 + kWarpSize
-                         : plan.cluster_copy == ClusterCopy::kPieces ? kWarpSize
-                                                                     : 1;
+    const int arrivals = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces ? kWarpSize : 1;
 #pragma unroll
     for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(tiles.landed + 8 * i, arrivals);
     ptx::mbarrier_fence_init();
   }
   __syncwarp();  // the barriers are there
   int copied = 0;
-  const auto copy_next = [&] { tiles.copy(p.cache, codes_map, plan, copied++); };
+  const auto copy_next = [&] { tiles.copy(p.cache, maps, plan, copied++); };
   copy_next();
 
   // [3/5] Tables and queries.
@@ -352,7 +334,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       for (int i = 0; i < 4; ++i) rows.q[k][0][i] = pinned(a[0][i]);
     }
   }
-  const LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
+  LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
+  if constexpr (C::kBoxes) {
+#pragma unroll
+    for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
+  }
 
   const auto unmasked = UnmaskedTiles::make(p, segment);
   DecodeState<Steps> state;

@@ -80,12 +80,17 @@ constexpr int kClusterWarps = 16, kClusterStages = 3;
 // Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
 // read.
 constexpr int64_t kClusterMostKeys = 16384;
-// A stage, of one tile and KV head: K codes, V codes, K norms, V norms.
-constexpr int cluster_tile_bytes(int head_dim) { return kTileTokens * (head_dim + 8); }
-
-// Boxes of a tensor map that make a tile of several KV heads, and what the rows of those of norms
-// are a multiple of.
-constexpr int kBoxesOfTile = 4, kNormBoxBytes = 16;
+// A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes
+// norms from rows in boxes of 16 bytes, those of 4 heads.
+constexpr int kNormBoxBytes = 16;
+constexpr int kBoxesOfTile = 4;
+constexpr int cluster_tile_bytes(int head_dim) {
+  return kTileTokens * (head_dim + 2 * kNormBoxBytes);
+}
+// Bytes from the norm of head 0 to the box with that of `head`.
+TQ4_HOST_DEVICE constexpr int cluster_norm_box(int head) {
+  return head * 4 / kNormBoxBytes * kNormBoxBytes;
+}
 
 constexpr int kPrepareRows = 16;  // rows of q that a CTA of the prepare kernel takes at once
 
@@ -553,13 +558,11 @@ inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
   plan.copy.width = copy_width(p.cache);
   StageView& stage = plan.copy.stage;
   stage.code_token_stride = head_dim / 2;
-  stage.norm_token_stride = 4;
+  stage.norm_token_stride = plan.cluster_copy == ClusterCopy::kBoxes ? kNormBoxBytes : 4;
   stage.v_codes = kTileTokens * stage.code_token_stride;
   stage.k_norms = 2 * stage.v_codes;
-  stage.v_norms = stage.k_norms + kTileTokens * stage.norm_token_stride;
-  // Those of boxes are codes only: a box of norms would take as long as one of codes.
-  const int norms = plan.cluster_copy == ClusterCopy::kBoxes ? 0 : stage.norm_token_stride;
-  plan.copy.bytes = 2 * kTileTokens * (stage.code_token_stride + norms);
+  stage.v_norms = stage.k_norms + kTileTokens * kNormBoxBytes;
+  plan.copy.bytes = 2 * kTileTokens * (stage.code_token_stride + stage.norm_token_stride);
 }
 
 }  // namespace detail

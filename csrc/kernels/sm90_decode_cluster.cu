@@ -70,10 +70,10 @@ void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stre
     if (static_cast<int>(known >> (8 * i) & 255) >= clusters) sized.cluster = kLargeSizes[i];
   }
   const cudaLaunchAttribute attribute = cluster_attribute(sized.cluster);
-  TensorMap codes_map{};
-  if constexpr (kBoxes) codes_map = make_page_map(p.cache, plan.copy.stage.code_token_stride);
+  PageMaps maps{};
+  if constexpr (kBoxes) maps = make_page_maps(p.cache, plan.copy.stage);
   launch_kernel_with(&attribute, 1, kernel, dim3(clusters * sized.cluster), dim3(Config::kThreads),
-                     kSmemBytes, stream, p, sized, codes_map);
+                     kSmemBytes, stream, p, sized, maps);
 }
 
 template <int D>

@@ -63,13 +63,16 @@ constexpr float kCentroids[16] = {-2.733f, -2.069f, -1.618f, -1.256f, -0.942f, -
 constexpr int kCodes[16] = {-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104};
 constexpr float kCodeUnit = 2.733f / 104.f;
 
-tq4::TensorMap make_page_map(const tq4::PageView& view, int box_bytes) {
-  return tq4::ptx::emulated_tensor_map(
-      view.base,
-      {static_cast<uint64_t>(tq4::end_of_fields(view)), static_cast<uint64_t>(view.block_size),
-       static_cast<uint64_t>(view.num_blocks)},
-      {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_stride)},
-      {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
+tq4::PageMaps make_page_maps(const tq4::PageView& view, const tq4::StageView& stage) {
+  const auto map = [&](int box_bytes) {
+    return tq4::ptx::emulated_tensor_map(
+        view.base,
+        {static_cast<uint64_t>(tq4::end_of_fields(view)), static_cast<uint64_t>(view.block_size),
+         static_cast<uint64_t>(view.num_blocks)},
+        {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_stride)},
+        {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
+  };
+  return {map(stage.code_token_stride), map(stage.norm_token_stride)};
 }
 
 template <int D>
@@ -79,11 +82,7 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
     using Config = decltype(config);
     typename tq4::DecodePipeline<Config>::Maps maps{};
     if constexpr (Config::kBulk) {
-      const tq4::StageView& stage = plan.copy.stage;
-      if (plan.boxes) {
-        maps = {make_page_map(p.cache, stage.code_token_stride),
-                make_page_map(p.cache, stage.norm_token_stride)};
-      }
+      if (plan.boxes) maps = make_page_maps(p.cache, plan.copy.stage);
     }
     emulation::launch(tq4::decode_kernel<Config>, plan.grid, Config::kThreads, p, plan, maps);
   };
@@ -115,13 +114,13 @@ void run_all(const tq4::AttentionParams& p, const tq4::DecodePlan& plan, int row
     if constexpr (D == 64 || D == 128) {
       tq4::DecodePlan one = plan;
       one.cluster = 1;
-      const auto go = [&](auto config, const tq4::TensorMap& codes) {
+      const auto go = [&](auto config, const tq4::PageMaps& maps) {
         using Config = decltype(config);
         emulation::launch(tq4::decode_cluster_kernel<Config>, p.num_seqs * p.cache.num_kv_heads,
-                          Config::kThreads, p, one, codes);
+                          Config::kThreads, p, one, maps);
       };
       if (plan.cluster_copy == tq4::ClusterCopy::kBoxes) {
-        go(tq4::ClusterConfig<D, true>{}, make_page_map(p.cache, D / 2));
+        go(tq4::ClusterConfig<D, true>{}, make_page_maps(p.cache, plan.copy.stage));
       } else {
         go(tq4::ClusterConfig<D, false>{}, {});
       }
