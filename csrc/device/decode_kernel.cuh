@@ -10,7 +10,8 @@
 // One CTA an SM takes an equal share of the batch's keys (decode_schedule.h) and all KV heads of a
 // tile of 16 tokens at once, so that a page is copied whole: one run of Hkv * 16 * (D + 8) bytes.
 //
-//   warp kWarps          producer: block table -> page -> stage ring
+//   warp kWarps          producer: block table -> page -> stage ring; several with cp.async, which
+//                        take the tiles in turn
 //   warps 0 .. kWarps-1  consumers: warp = team * slots + slot; a slot is a (KV head, row group) of
 //                        the chunk, and teams take the tiles in turn
 //
@@ -53,25 +54,31 @@ namespace tq4 {
 constexpr uint32_t kTableBarrier = 2;  // of all consumer warps: the tables are written
 constexpr uint32_t kStartBarrier = 3;  // consumers -> producer: barriers (and pieces) are there
 
-// [1/4] The producer warp: finds the CTA's share (decode_share.cuh), and for each tile of it the
+// [1/4] A producer warp: finds the CTA's share (decode_share.cuh), and for each of its tiles the
 // page id (read 32 tiles at a time, one batch ahead), a free stage, the copy.  It shares its
-// scheduler with the consumers, so its instructions a tile bound the rate at which tiles arrive;
-// and at the start nothing but the barriers' initialisation holds up the first copies.
+// scheduler with consumers, so its instructions a tile bound the rate at which tiles arrive; and at
+// the start nothing but the barriers' initialisation holds up the first copies.
+//
+// Where there are several, each walks the whole share for itself, and the first tells the consumers.
 template <typename Pipeline>
 __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
                                         const typename Pipeline::Maps& maps, DecodeShared& shared,
-                                        uint32_t stages) {
+                                        ShareWalk& share, int producer, uint32_t stages) {
   const int lane = threadIdx.x % kWarpSize;
   const Pipeline pipeline{{p.cache, plan, shared, stages}};
   const DecodeBatch batch = decode_batch(p, plan);
   RingPosition ring{0, 0};
-  if (lane == 0) shared.queue_end = {0, 0};  // read after next()'s barriers
-  bool started = false;                      // a segment is under way
+  ring.advance(producer, plan.num_stages);
+  int skipped = producer;  // tiles until the next of this warp
+  constexpr bool kAlone = Pipeline::kMostProducers == 1;
+  const bool tells = kAlone || producer == 0;
+  if (tells && lane == 0) shared.queue_end = {0, 0};  // read after next()'s barriers
+  bool started = false;                               // a segment is under way
 #pragma unroll 1
   while (true) {
-    shared.share.next(batch);
+    share.next(batch);
     // Read again where it is needed: registers are few.
-    const DecodeSegment& segment = shared.share.segment;
+    const DecodeSegment& segment = share.segment;
     const auto load_page = [&](int tile) {  // entries past the last tile are garbage
       if (tile >= reload(segment.tile_end)) return 0;
       return p.block_table[reload(segment.seq) * p.block_table_stride +
@@ -83,14 +90,14 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
     // copy: they may have to free the stage for it.  But the CTA's first tiles go ahead of that.
     // Those are few, and the next wait until one has landed: with all stages of all SMs under way
     // at once, the look-ups and first tiles of every CTA queue behind them.
-    bool told = false;
+    bool told = !tells;
 #pragma unroll 1
     while (true) {
       if (!told &&
           (started || first != reload(segment.tile_begin) || first == reload(segment.tile_end))) {
-        shared.queue.push(batch, shared.share.segment, shared.queue_end);
+        shared.queue.push(batch, share.segment, shared.queue_end);
         told = true;
-        if (!started && first != reload(segment.tile_begin)) {  // first_tiles
+        if (kAlone && !started && first != reload(segment.tile_begin)) {  // first_tiles
           ptx::mbarrier_wait(pipeline.full(0), 0);
         }
       }
@@ -104,6 +111,16 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePl
         const int tile = first + lane;
         const int block = static_cast<int>(plan.block_divider.quotient(tile));
         pipeline.copy_tiles(maps, page, tile - block * plan.tiles_per_block, chunk, count, ring);
+      } else if constexpr (!kAlone) {
+#pragma unroll 1
+        for (; skipped < count; skipped += plan.producers) {
+          const int its_page = __shfl_sync(kFullWarp, page, skipped);
+          const int tile = first + skipped;
+          const int block = static_cast<int>(plan.block_divider.quotient(tile));
+          pipeline.copy(true, its_page, tile - block * plan.tiles_per_block, chunk, ring);
+          ring.advance(plan.producers, plan.num_stages);
+        }
+        skipped -= count;
       } else {
 #pragma unroll 1
         for (int i = 0; i < count; i += pipeline.batch()) {
@@ -416,20 +433,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<DecodeShared*>(bytes + decode_shared_offset(Config::kMode));
   const uint32_t smem = ptx::smem_address(bytes);
   const int warp = threadIdx.x / kWarpSize;
+  const int producers = Pipeline::kMostProducers == 1 ? 1 : plan.producers;
+  const uint32_t starters = kConsumers + producers * kWarpSize;
   ptx::allow_dependent_launch();
 
   if (warp >= Config::kWarps) {
     if constexpr (Config::kMovesRegisters) ptx::give_registers<Config::kProducerRegisters>();
-    if (warp == Config::kWarps) {
-      shared.share.begin(decode_batch(p, plan), plan.shares);
-      ptx::named_barrier_sync(kStartBarrier, kConsumers + kWarpSize);  // the barriers are there
-      produce<Pipeline>(p, plan, maps, shared, smem + plan.stage_offset);
-      check_output_rotation<Config::D>(p, plan);
+    const int producer = warp - Config::kWarps;
+    if (producer < producers) {
+      ShareWalk& share = shared.share[producer];
+      share.begin(decode_batch(p, plan), plan.shares);
+      ptx::named_barrier_sync(kStartBarrier, starters);  // the barriers are there
+      produce<Pipeline>(p, plan, maps, shared, share, producer, smem + plan.stage_offset);
+      if (producer == 0) check_output_rotation<Config::D>(p, plan);
     }
   } else {
     const ParameterLines lines = ParameterLines::touch(p, plan);
     init_barriers<Pipeline>(plan, shared, Config::kWarps);
-    ptx::named_barrier_arrive(kStartBarrier, kConsumers + kWarpSize);
+    ptx::named_barrier_arrive(kStartBarrier, starters);
     write_tables<Config>(p, plan, shared, smem);
     lines.keep(shared.lines);
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();

@@ -75,6 +75,8 @@ struct CopyRun {
   int32_t src, dst, bytes;
   int32_t tile_stride;   // src of the next 16 tokens of the page
   int32_t chunk_stride;  // src of the next chunk of KV heads
+  int32_t width;         // 16, 8 or 4: every address and size of it is a multiple
+  Divider row;           // by bytes / width, the elements of a repetition
 };
 
 // One repetition of a run: what a single bulk copy moves.
@@ -92,7 +94,7 @@ struct TileCopy {
   int32_t src_stride, dst_stride;  // of a repetition
   int32_t bytes;                   // of all runs and repetitions
   int32_t stage_bytes;             // span in the stage, a multiple of 128
-  int32_t width;                   // 16, 8 or 4: every address and size is a multiple
+  int32_t width;                   // of the narrowest run
   StageView stage;
 
   TQ4_HOST_DEVICE int num_pieces() const { return num_runs * reps; }

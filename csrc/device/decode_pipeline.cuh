@@ -4,9 +4,8 @@
 // A call reads a page once, and the next one comes when the other layers' pages have passed through
 // the L2: copies ask to be evicted first, so that they leave other data alone.
 //
-// Both are run by the one producer warp, all lanes alike: wait until the stage is empty, copy,
-// arrive at `full` when everything has landed.  batch() tiles are handled a step; lane_tile() is
-// the lane's.
+// Both are run by producer warps, all lanes alike: wait until the stage is empty, copy, arrive at
+// `full` when everything has landed.  batch() tiles are handled a step; lane_tile() is the lane's.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -44,7 +43,7 @@ struct WarpScratch {
 struct DecodeShared {
   uint64_t full[kDecodeMaxStages], empty[kDecodeMaxStages];
   PlainKeyCodes::Tables plain_codes;
-  ShareWalk share;
+  ShareWalk share[kDecodeProducers];
   SegmentQueue queue;
   RingPosition queue_end;  // where the producer adds the next segment
   WarpScratch warps[16];
@@ -76,9 +75,12 @@ struct DecodeRing {
   }
 };
 
-// sm_80: cp.async, 16 bytes a lane where alignment allows.
+// sm_80: cp.async, 16 bytes a lane where alignment allows.  An instruction moves 512 bytes at most
+// and takes several others, so that one warp would be what decode waits for: several take the tiles
+// in turn.
 struct CpAsyncPipeline : DecodeRing {
   struct Maps {};
+  static constexpr int kMostProducers = kDecodeProducers;
   TQ4_DEVICE static constexpr bool copies_tiles(const DecodePlan&) { return false; }
   TQ4_DEVICE static constexpr bool copies_pieces(const DecodePlan&) { return false; }
   TQ4_DEVICE static void copy_tiles(const Maps&, int, int, int, int, RingPosition&) {}
@@ -86,8 +88,7 @@ struct CpAsyncPipeline : DecodeRing {
   TQ4_DEVICE static constexpr int batch() { return 1; }
   TQ4_DEVICE static constexpr int lane_tile() { return 0; }
 
-  // Contiguous bytes.  The copies of an unrolled step differ in nothing but constants: with a
-  // handful of instructions for each, the one warp that issues them was what decode waited for.
+  // Contiguous bytes.  The copies of an unrolled step differ in nothing but constants.
   template <int kBytes>
   __device__ __forceinline__ static void copy_span(uint32_t dst, const uint8_t* src, int bytes) {
     constexpr int kStep = kBytes * kWarpSize, kUnrolled = 8;
@@ -113,46 +114,45 @@ struct CpAsyncPipeline : DecodeRing {
     }
   }
 
-  // Long runs one repetition after the other; of a short one all repetitions in one sequence, whose
-  // elements are dealt to the lanes in turn.
+  // All repetitions in one sequence, whose elements are dealt to the lanes in turn.
   template <int kBytes>
-  __device__ __forceinline__ void copy_runs(int page, int tile_in_block, int chunk,
-                                            uint32_t stage) const {
+  __device__ __forceinline__ void copy_rows(const CopyRun& run, uint32_t dst,
+                                            const uint8_t* src) const {
     const int lane = threadIdx.x % kWarpSize;
-    for (int i = 0; i < plan.copy.num_runs; ++i) {
-      const CopyRun& run = plan.copy.run[i];
-      const uint8_t* src = source(page, run, tile_in_block, chunk);
-      const uint32_t dst = stage + run.dst;
-      if (run.bytes >= kBytes * kWarpSize) {
-#pragma unroll 1
-        for (int rep = 0; rep < plan.copy.reps; ++rep) {
-          copy_span<kBytes>(dst + rep * plan.copy.dst_stride, src + rep * plan.copy.src_stride,
-                            run.bytes);
-        }
-        continue;
-      }
-      const int elements = run.bytes / kBytes;
-      int rep = lane / elements, at = (lane - rep * elements) * kBytes;
-      const int step_rep = kWarpSize / elements;
-      const int step_at = (kWarpSize - step_rep * elements) * kBytes;
-      const int to_step = step_rep * plan.copy.dst_stride + step_at;
-      const int from_step = step_rep * plan.copy.src_stride + step_at;
-      const uint64_t policy = ptx::read_once_policy();
-      uint32_t to = dst + rep * plan.copy.dst_stride + at;
-      const uint8_t* from = src + rep * plan.copy.src_stride + at;
+    const int bytes = run.bytes, elements = static_cast<int>(run.row.divisor);
+    const int step_rep = static_cast<int>(run.row.quotient(kWarpSize));
+    const int step = (kWarpSize - step_rep * elements) * kBytes;
+    const int dst_step = step_rep * plan.copy.dst_stride + step;
+    const int src_step = step_rep * plan.copy.src_stride + step;
+    // To the next repetition, where a step leads past the end of one.
+    const int dst_carry = plan.copy.dst_stride - bytes;
+    const int src_carry = plan.copy.src_stride - bytes;
+    const uint64_t policy = ptx::read_once_policy();
+    const int rep = static_cast<int>(run.row.quotient(lane));
+    int at = (lane - rep * elements) * kBytes;  // in its repetition
+    dst += rep * plan.copy.dst_stride + at;
+    uint32_t offset = rep * plan.copy.src_stride + at;
 #pragma unroll 4
-      for (; rep < plan.copy.reps; rep += step_rep) {
-        ptx::cp_async_once<kBytes>(to, from, policy);
-        to += to_step;
-        from += from_step;
-        at += step_at;
-        if (at >= run.bytes) {  // into the next repetition
-          at -= run.bytes;
-          ++rep;
-          to += plan.copy.dst_stride - run.bytes;
-          from += plan.copy.src_stride - run.bytes;
-        }
+    for (int left = plan.copy.reps * elements - lane; left > 0; left -= kWarpSize) {
+      ptx::cp_async_once<kBytes>(dst, src + offset, policy);
+      dst += dst_step;
+      offset += src_step;
+      at += step;
+      if (at >= bytes) {
+        at -= bytes;
+        dst += dst_carry;
+        offset += src_carry;
       }
+    }
+  }
+
+  template <int kBytes>
+  __device__ __forceinline__ void copy_run(const CopyRun& run, uint32_t dst,
+                                           const uint8_t* src) const {
+    if (plan.copy.reps == 1) {
+      copy_span<kBytes>(dst, src, run.bytes);
+    } else {
+      copy_rows<kBytes>(run, dst, src);
     }
   }
 
@@ -160,12 +160,17 @@ struct CpAsyncPipeline : DecodeRing {
                                        RingPosition at) const {
     ptx::mbarrier_wait(empty(at.stage), at.parity ^ 1);  // its last readers are done
     const uint32_t stage = stages + at.stage * plan.copy.stage_bytes;
-    if (plan.copy.width == 16) {
-      copy_runs<16>(page, tile_in_block, chunk, stage);
-    } else if (plan.copy.width == 8) {
-      copy_runs<8>(page, tile_in_block, chunk, stage);
-    } else {
-      copy_runs<4>(page, tile_in_block, chunk, stage);
+#pragma unroll 1
+    for (int i = 0; i < plan.copy.num_runs; ++i) {
+      const CopyRun& run = plan.copy.run[i];
+      const uint8_t* src = source(page, run, tile_in_block, chunk);
+      if (run.width == 16) {
+        copy_run<16>(run, stage + run.dst, src);
+      } else if (run.width == 8) {
+        copy_run<8>(run, stage + run.dst, src);
+      } else {
+        copy_run<4>(run, stage + run.dst, src);
+      }
     }
     ptx::mbarrier_arrive_on_cp_async(full(at.stage));
   }
@@ -177,6 +182,7 @@ struct CpAsyncPipeline : DecodeRing {
 // map: 16 rows a copy, which takes the copy engine no longer than one of them does.
 struct BulkPipeline : DecodeRing {
   using Maps = PageMaps;
+  static constexpr int kMostProducers = 1;
   static constexpr int kFullArrivals = 1;
 
   // Tile after tile, by copy_tiles().

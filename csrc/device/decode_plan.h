@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -102,7 +103,8 @@ constexpr int kDecodeMaxStages = 64;
 constexpr int kDecodeBytesAhead = 6 * 17408;
 constexpr int kFewestStages = 3;  // with fewer, rather fewer heads a CTA
 constexpr int kBatchStages = 20;  // with so many stages, tiles are handled in batches
-constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 3712;  // barriers and scratch
+constexpr int kDecodeProducers = 4;  // warps with cp.async: 12 in all have 168 registers a thread
+constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 4736;  // barriers and scratch
 // Accumulator quads a lane exchanges at once (decode_merge.cuh): two barriers each time.  Bulk
 // copies leave shared memory for more.
 constexpr int merge_quads(bool bulk) { return bulk ? 8 : 4; }
@@ -158,6 +160,7 @@ struct DecodePlan {
   int32_t slots;  // warps of a team: heads_per_chunk * row_groups
   int32_t teams;  // teams take the tiles in turn
   int32_t warps;  // consumer warps, slots * teams of them active
+  int32_t producers;  // producer warps, which take the tiles in turn
   int32_t num_stages;
   int32_t team_bytes, ring_bytes;  // of a stage of each team, of all stages
   int32_t bulk_batch;   // tiles that the producer handles at once, a lane each; 1: a lane a run
@@ -299,15 +302,18 @@ inline TileCopy make_tile_copy(const PageView& view, int heads_per_chunk, bool m
     copy.reps = 1;
   }
 
-  uint64_t bits = reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride);
-  if (copy.reps > 1) bits |= static_cast<uint64_t>(copy.src_stride | copy.dst_stride);
+  uint64_t all = reinterpret_cast<uintptr_t>(view.base) | static_cast<uint64_t>(view.block_stride);
+  if (copy.reps > 1) all |= static_cast<uint64_t>(copy.src_stride | copy.dst_stride);
+  copy.width = 16;
   for (int i = 0; i < copy.num_runs; ++i) {
-    const CopyRun& run = copy.run[i];
-    bits |= static_cast<uint64_t>(run.src | run.dst | run.bytes);
+    CopyRun& run = copy.run[i];
+    uint64_t bits = all | static_cast<uint64_t>(run.src | run.dst | run.bytes);
     if (!one_tile) bits |= static_cast<uint64_t>(run.tile_stride);
     if (!one_chunk) bits |= static_cast<uint64_t>(run.chunk_stride);
+    run.width = bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 4;
+    run.row = Divider::make(static_cast<uint32_t>(run.bytes / run.width));
+    copy.width = std::min(copy.width, run.width);
   }
-  copy.width = bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 4;
   return copy;
 }
 
@@ -524,7 +530,14 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   }
   // A stage always belongs to the same team: one that sees only every other filling of it could
   // take an old one for its own, as both end a phase of the same parity.
-  if (plan.teams > 0) plan.num_stages -= plan.num_stages % plan.teams;
+  // So it does to the same producer, for the same reason.  Each of those is worth a few stages.
+  if (plan.teams > 0) {
+    const int room = plan.num_stages - plan.num_stages % plan.teams;
+    for (plan.producers = bulk ? 1 : kDecodeProducers;; --plan.producers) {
+      plan.num_stages = room - room % std::lcm(plan.producers, plan.teams);
+      if (4 * plan.num_stages >= 3 * room) break;
+    }
+  }
   // Few KV heads: many small stages, filled by a copy each.  A batch waits for its last stage, so
   // it is a small part of them.
   plan.bulk_batch =

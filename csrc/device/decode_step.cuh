@@ -62,14 +62,16 @@ struct DecodeConfig {
   static constexpr int kWordsAhead = kBulk_ && kOctets == 2 ? 1 : 0;
 
   static constexpr int kWarps = decode_warps(D, kMode, kBulk);  // consumers
-  // Registers move between whole groups of 4 warps; otherwise one producer warp will do.  The CTA
-  // cannot hold more than it was launched with: 96 for each of 20 warps, 168 for each of 12.
+  // The copy engine takes one lane to feed, cp.async as many warps as there are registers for.
+  static constexpr int kProducers = kBulk ? 1 : kDecodeProducers;
+  // Registers move between whole groups of 4 warps.  The CTA cannot hold more than it was launched
+  // with: 96 for each of 20 warps, 168 for each of 12.
   static constexpr bool kMovesRegisters = kWarps == 16 || kOctets == 4;
   static constexpr int kConsumerRegisters = kWarps == 16 ? 112 : 232, kProducerRegisters = 32;
   static_assert(kWarps * kConsumerRegisters + 4 * kProducerRegisters <=
                     (kWarps + 4) * (kWarps == 16 ? 96 : 168),
                 "or setmaxnreg hangs");
-  static constexpr int kThreads = (kWarps + (kMovesRegisters ? 4 : 1)) * kWarpSize;
+  static constexpr int kThreads = (kWarps + (kMovesRegisters ? 4 : kProducers)) * kWarpSize;
 };
 
 // Floor of the exponent reference; finite, so that differences are never NaN.

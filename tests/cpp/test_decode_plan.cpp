@@ -85,7 +85,8 @@ void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::Decode
           const int dst = r.dst + rep * copy.dst_stride;
           CHECK(src >= 0 && src + r.bytes <= page_bytes && dst >= 0 &&
                 dst + r.bytes <= copy.stage_bytes);
-          CHECK(src % copy.width == 0 && dst % copy.width == 0 && r.bytes % copy.width == 0);
+          CHECK(src % r.width == 0 && dst % r.width == 0 && r.bytes % r.width == 0);
+          CHECK(r.width >= copy.width && static_cast<int>(r.row.divisor) == r.bytes / r.width);
           std::memcpy(&staged[dst], &page[src], r.bytes);
           for (int i = 0; i < r.bytes; ++i) ++writes[dst + i];
           total += r.bytes;
@@ -188,6 +189,8 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   CHECK(plan.teams >= 1 && plan.slots * plan.teams <= plan.warps);
   CHECK(plan.num_stages >= 2 && plan.smem_bytes <= tq4::decode_smem_limit(arch));
   CHECK(plan.num_stages % plan.teams == 0);  // a stage belongs to one team
+  CHECK(plan.producers >= 1 && plan.producers <= (plan.bulk ? 1 : tq4::kDecodeProducers));
+  CHECK(plan.num_stages % plan.producers == 0);  // and to one producer warp
   CHECK(plan.num_stages <= tq4::kDecodeMaxStages);
   CHECK(plan.smem_bytes == plan.stage_offset + plan.num_stages * plan.copy.stage_bytes);
   const int room = (tq4::decode_smem_limit(arch) - plan.stage_offset) / plan.copy.stage_bytes;
@@ -202,7 +205,8 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
     CHECK(plan.bulk_batch >= 1 && 4 * plan.bulk_batch <= std::max(plan.num_stages, 4));
     CHECK(plan.bulk_batch == 1 || plan.num_stages >= tq4::kWarpSize / 2);
   } else {
-    CHECK(plan.num_stages + plan.teams > std::min(room, tq4::kDecodeMaxStages));
+    const int most = std::min(room, tq4::kDecodeMaxStages);
+    CHECK(4 * plan.num_stages >= 3 * (most - most % plan.teams));
   }
   CHECK(plan.tiles_per_block * tq4::kTileTokens == view.block_size);
   const int64_t offsets[] = {plan.query_codes,    plan.query_residual, plan.query_scale,
