@@ -75,12 +75,26 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
 // of rows (token-major pages), as contiguous runs (head-major ones), or by cp.async in pieces of
 // what alignment allows.
 enum class ClusterCopy : int32_t { kBoxes = 0, kRuns = 1, kPieces = 2 };
-constexpr int kClusterSize = 8;      // CTAs: the most that every device with clusters takes
-constexpr int kLargestCluster = 16;  // where there is room
+constexpr int kSmallestCluster = 4, kLargestCluster = 16;  // CTAs
 constexpr int kClusterWarps = 16, kClusterStages = 3;
-// Beyond so many keys, what a cluster saves in latency is less than what the SMs without one could
-// read.
-constexpr int64_t kClusterMostKeys = 16384;
+// Beyond so many keys, a CTA and in all, what a cluster saves in latency is less than what the SMs
+// without one could read.
+constexpr int64_t kClusterKeysPerCta = 2048, kClusterMostKeys = 16384;
+
+// How many clusters of n CTAs, each of which fills an SM, run at the same time.  How many SMs a
+// cluster can be spread over differs from part to part: of 132, 7 x 16, 9 x 9, 15 x 8, 17 x 6.
+struct ClusterRoom {
+  int clusters[kLargestCluster + 1];
+
+  // The largest size of which so many run at the same time; 0: none.
+  int largest_size(int64_t wanted) const {
+    for (int size = kLargestCluster; size >= kSmallestCluster; --size) {
+      if (clusters[size] >= wanted) return size;
+    }
+    return 0;
+  }
+};
+
 // A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes
 // norms from rows in boxes of 16 bytes, those of 4 heads.
 constexpr int kNormBoxBytes = 16;
@@ -146,9 +160,7 @@ struct DecodePlan {
   int32_t group;     // query heads of a KV head
   int32_t max_rows;  // query rows of a KV head: group * max_query_len
   DecodeMode mode;
-  // CTAs that share a (sequence, KV head), at least (the launcher knows the device); 0: the three
-  // kernels.
-  int32_t cluster;
+  int32_t cluster;  // CTAs that share a (sequence, KV head); 0: the three kernels
   ClusterCopy cluster_copy;
   bool bulk;           // bulk copies; else cp.async
   bool wide;           // stage rows are aligned for vector loads
@@ -547,20 +559,22 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
   return plan.num_stages >= 2;
 }
 
-// Whether clusters of CTAs are the fastest way.  A matter of shapes: lengths are not known here,
-// but for the most that the block table has room for.
-inline bool takes_clusters(const AttentionParams& p, const DecodePlan& plan) {
+// The size of the clusters where they are the fastest way, else 0.  A matter of shapes: lengths are
+// not known here, but for the most that the block table has room for.
+inline int choose_cluster(const AttentionParams& p, const DecodePlan& plan,
+                          const ClusterRoom& room) {
   const int head_dim = p.cache.head_dim;
-  return p.arch == 90 && p.path != Path::kPortable && p.int8 &&
-         (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 && plan.light_prepare &&
-         is_light(head_dim, p.out_rotation, p.out_signs) &&
-         int64_t{p.num_seqs} * p.cache.num_kv_heads * kClusterSize <= p.num_sms &&
-         int64_t{p.max_blocks} * p.cache.block_size <= kClusterMostKeys;
+  const int64_t most_keys = int64_t{p.max_blocks} * p.cache.block_size;
+  const bool possible = p.arch == 90 && p.path != Path::kPortable && p.int8 &&
+                        (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 &&
+                        plan.light_prepare && is_light(head_dim, p.out_rotation, p.out_signs);
+  if (!possible || most_keys > kClusterMostKeys) return 0;
+  const int size = room.largest_size(int64_t{p.num_seqs} * p.cache.num_kv_heads);
+  return most_keys <= size * kClusterKeysPerCta ? size : 0;
 }
 
 inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
   const int head_dim = p.cache.head_dim;
-  plan.cluster = kClusterSize;
   plan.mode = DecodeMode::kInt8Rows8;
   plan.heads_per_chunk = p.cache.num_kv_heads;
   plan.rows_per_chunk = plan.max_rows;
@@ -581,8 +595,9 @@ inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {
 }  // namespace detail
 
 // Throws std::invalid_argument for what no decode kernel can do.  `has_bulk`: the bulk-copy kernels
-// are compiled in.
-inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
+// are compiled in.  `room`: for clusters, if those kernels are.
+inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk,
+                                   const ClusterRoom& room = {}) {
   using detail::require;
   const PageView& view = p.cache;
   require(
@@ -640,7 +655,8 @@ inline DecodePlan make_decode_plan(const AttentionParams& p, bool has_bulk) {
   plan.grid = p.num_sms - (prepare_blocks <= p.num_sms / 32 ? plan.prepare_grid : 0);
 
   const bool wants_bulk = has_bulk && p.arch == 90 && p.path != Path::kPortable;
-  if (has_bulk && detail::takes_clusters(p, plan)) {
+  plan.cluster = detail::choose_cluster(p, plan, room);
+  if (plan.cluster > 0) {
     detail::plan_clusters(p, plan);
   } else if (!wants_bulk || !detail::plan_tiles(p, true, plan)) {
     require(detail::plan_tiles(p, false, plan),

@@ -46,15 +46,22 @@ void launch_decode_combine(const AttentionParams& p, const DecodePlan& plan, Str
   });
 }
 
+DecodePlan plan_decode(const AttentionParams& p) {
+#ifdef TQ4_HAS_SM90A
+  if (p.arch == 90 && p.path != Path::kPortable) {
+    return make_decode_plan(p, true, sm90::find_cluster_room());
+  }
+#endif
+  return make_decode_plan(p, kHasBulkKernels);
+}
+
 int64_t decode_workspace_bytes(const AttentionParams& p) {
-  return p.num_seqs == 0 || p.num_tokens == 0
-             ? 0
-             : make_decode_plan(p, kHasBulkKernels).workspace_bytes;
+  return p.num_seqs == 0 || p.num_tokens == 0 ? 0 : plan_decode(p).workspace_bytes;
 }
 
 void launch_decode(const AttentionParams& p, Stream stream) {
   if (p.num_seqs == 0 || p.num_tokens == 0) return;
-  DecodePlan plan = make_decode_plan(p, kHasBulkKernels);
+  DecodePlan plan = plan_decode(p);
 #ifdef TQ4_HAS_SM90A
   if (plan.cluster > 0) return sm90::launch_decode_cluster(p, plan, stream);
 #endif

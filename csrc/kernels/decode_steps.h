@@ -17,6 +17,8 @@ namespace sm90 {
 // For plan.bulk.
 void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream stream);
 void launch_decode_int8x2(const AttentionParams& p, const DecodePlan& plan, Stream stream);
+// Of the current device.
+ClusterRoom find_cluster_room();
 // For plan.cluster: all of decode.
 void launch_decode_cluster(const AttentionParams& p, const DecodePlan& plan, Stream stream);
 }  // namespace sm90

@@ -1,8 +1,7 @@
 // Decode of short contexts by clusters of CTAs: sm_90a.
 #include <algorithm>
-#include <atomic>
-#include <cstdint>
 #include <stdexcept>
+#include <unordered_map>
 
 #include "../device/decode_cluster.cuh"
 #include "../device/launch.h"
@@ -20,60 +19,55 @@ cudaLaunchAttribute cluster_attribute(int size) {
   return attribute;
 }
 
-// Larger clusters than kClusterSize that are tried, the largest first.  An SM takes one CTA, and
-// how many SMs a cluster can be spread over differs from part to part.
-constexpr int kLargeSizes[] = {kLargestCluster, 14, 12, 10};
+template <int D, bool kBoxes>
+constexpr int cluster_smem_bytes() {
+  using Config = ClusterConfig<D, kBoxes>;
+  constexpr int kRings = Config::kWarps * Config::kStages * Config::kTileBytes;
+  constexpr int kResults = Config::kWarps * Config::kRows * Config::kRowPitch * 4;
+  return kDecodeTableBytes + round_up(static_cast<int>(sizeof(ClusterShared<Config>)), 128) +
+         std::max(kRings, kResults);
+}
 
-// How many clusters of each of these sizes run at the same time on the current device, 8 bits each.
-uint32_t count_clusters(const void* kernel, int threads, int smem_bytes) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+// A kernel that may be launched in clusters of any size.
+template <int D, bool kBoxes>
+auto cluster_kernel() {
+  const auto kernel = decode_cluster_kernel<ClusterConfig<D, kBoxes>>;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+             "allowing large clusters");
+  return kernel;
+}
+
+// By the largest of the kernels; of any of them an SM takes one CTA.
+ClusterRoom count_clusters() {
+  const auto* kernel = reinterpret_cast<const void*>(cluster_kernel<128, true>());
+  constexpr int kSmemBytes = cluster_smem_bytes<128, true>();
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
              "opting into shared memory");
-  uint32_t counts = 0;
-  for (int i = 0; i < 4; ++i) {
-    cudaLaunchAttribute attribute = cluster_attribute(kLargeSizes[i]);
+  ClusterRoom room{};
+  for (int size = kSmallestCluster; size <= kLargestCluster; ++size) {
+    cudaLaunchAttribute attribute = cluster_attribute(size);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(attribute.val.clusterDim.x);
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+    config.blockDim = dim3(ClusterConfig<128, true>::kThreads);
+    config.dynamicSmemBytes = kSmemBytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    int clusters = 0;
-    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "counting clusters");
-    counts |= static_cast<uint32_t>(std::min(clusters, 255)) << (8 * i);
+    check_cuda(cudaOccupancyMaxActiveClusters(&room.clusters[size], kernel, &config),
+               "counting clusters");
   }
-  return counts;
+  return room;
 }
 
 template <int D, bool kBoxes>
 void launch_config(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  using Config = ClusterConfig<D, kBoxes>;
-  constexpr int kRings = Config::kWarps * Config::kStages * Config::kTileBytes;
-  constexpr int kResults = Config::kWarps * Config::kRows * Config::kRowPitch * 4;
-  constexpr int kSmemBytes = kDecodeTableBytes +
-                             round_up(static_cast<int>(sizeof(ClusterShared<Config>)), 128) +
-                             std::max(kRings, kResults);
-  const auto kernel = decode_cluster_kernel<Config>;
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-             "allowing large clusters");
-  // Counts of the last device asked about, and above them its number, from 1.
-  static std::atomic<uint64_t> counts{0};
-  uint64_t known = counts.load(std::memory_order_relaxed);
-  const auto device = static_cast<uint64_t>(current_device()) + 1;
-  if (known >> 32 != device) {
-    known = device << 32 | count_clusters(function, Config::kThreads, kSmemBytes);
-    counts.store(known, std::memory_order_relaxed);
-  }
-  const int clusters = p.num_seqs * p.cache.num_kv_heads;
-  DecodePlan sized = plan;
-  for (int i = 3; i >= 0; --i) {
-    if (static_cast<int>(known >> (8 * i) & 255) >= clusters) sized.cluster = kLargeSizes[i];
-  }
-  const cudaLaunchAttribute attribute = cluster_attribute(sized.cluster);
+  const cudaLaunchAttribute attribute = cluster_attribute(plan.cluster);
   PageMaps maps{};
   if constexpr (kBoxes) maps = make_page_maps(p.cache, plan.copy.stage);
-  launch_kernel_with(&attribute, 1, kernel, dim3(clusters * sized.cluster), dim3(Config::kThreads),
-                     kSmemBytes, stream, p, sized, maps);
+  launch_kernel_with(&attribute, 1, cluster_kernel<D, kBoxes>(),
+                     dim3(p.num_seqs * p.cache.num_kv_heads * plan.cluster),
+                     dim3(ClusterConfig<D, kBoxes>::kThreads), cluster_smem_bytes<D, kBoxes>(),
+                     stream, p, plan, maps);
 }
 
 template <int D>
@@ -83,6 +77,13 @@ void launch(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
 }
 
 }  // namespace
+
+ClusterRoom find_cluster_room() {
+  static thread_local std::unordered_map<int, ClusterRoom> known;  // by device
+  const int device = current_device();
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known[device] = count_clusters();
+}
 
 void launch_decode_cluster(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
   switch (p.cache.head_dim) {

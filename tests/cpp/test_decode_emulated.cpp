@@ -6,6 +6,7 @@
 #include <string>
 
 #include "check.h"
+#include "cluster_room.h"
 #include "cuda_cpu.h"
 #include "device/decode_cluster.cuh"
 #include "device/decode_combine.cuh"
@@ -212,7 +213,8 @@ void run(const std::string& name, const Case& c, uint64_t seed) {
   const bool has_signs = c.rotation == Case::kSigns;
   if (c.rotate) p.q_rotation = p.out_rotation = (has_signs ? rotation_signs : rotation).data();
   p.q_signs = p.out_signs = c.rotate && has_signs;
-  const tq4::DecodePlan plan = tq4::make_decode_plan(p, true);
+  const tq4::DecodePlan plan =
+      tq4::make_decode_plan(p, true, c.cluster ? h200_cluster_room() : tq4::ClusterRoom{});
   CHECK((plan.cluster > 0) == c.cluster);
   const bool has_residual = tq4::decode_octets(plan.mode) == 1;
   const bool int8x2 = plan.mode == tq4::DecodeMode::kInt8x2Rows8;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cluster_room.h"
 #include "device/decode_plan.h"
 #include "device/tensor_map.h"
 #include "layout.h"
@@ -115,34 +116,47 @@ void check_copy(const tq4::PageView& view, int64_t page_bytes, const tq4::Decode
 }
 
 // Short sequences: by clusters where all that they take is given.
-void check_clusters(tq4::AttentionParams p, bool has_bulk) {
+void check_clusters(tq4::AttentionParams p) {
   const float signs[256] = {};
+  const tq4::ClusterRoom room = h200_cluster_room();
+  const auto plan = [&] { return tq4::make_decode_plan(p, p.arch == 90, room); };
   const int head_dim = p.cache.head_dim;
   p.num_seqs = 1;
   p.num_tokens = p.max_query_len;
-  p.max_blocks = static_cast<int32_t>(tq4::kClusterMostKeys) / p.cache.block_size;
-  const bool fits = has_bulk && p.int8 && (head_dim == 64 || head_dim == 128) &&
-                    p.num_q_heads / p.cache.num_kv_heads * p.max_query_len <= 8 &&
-                    p.cache.num_kv_heads * tq4::kClusterSize <= p.num_sms;
-  const auto clusters = [&] { return tq4::make_decode_plan(p, has_bulk).cluster > 0; };
-  CHECK(clusters() == fits);
+  const int size = room.largest_size(p.cache.num_kv_heads);
+  const int64_t most_keys = std::min(tq4::kClusterMostKeys, size * tq4::kClusterKeysPerCta);
+  p.max_blocks = static_cast<int32_t>(most_keys) / p.cache.block_size;
+  const bool fits = p.arch == 90 && p.int8 && (head_dim == 64 || head_dim == 128) &&
+                    p.num_q_heads / p.cache.num_kv_heads * p.max_query_len <= 8 && size > 0;
+  const int wanted = fits ? size : 0;
+  CHECK(plan().cluster == wanted);
+  CHECK(tq4::make_decode_plan(p, p.arch == 90).cluster == 0);  // no room
   p.q_rotation = p.out_rotation = signs;
-  CHECK(!clusters());  // matrices
+  CHECK(plan().cluster == 0);  // matrices
   for (bool* const signs_of : {&p.q_signs, &p.out_signs}) {
     *signs_of = true;
     bool refused = false;
     try {
-      tq4::make_decode_plan(p, has_bulk);
+      plan();
     } catch (const std::invalid_argument&) {
       refused = true;
     }
     CHECK(refused == (head_dim == 96));  // no Hadamard rotation
   }
   if (head_dim == 96) return;
-  CHECK(clusters() == fits);
-  if (fits) CHECK(tq4::make_decode_plan(p, has_bulk).workspace_bytes == 0);
+  CHECK(plan().cluster == wanted);
+  if (fits) CHECK(plan().workspace_bytes == 0);
   p.max_blocks += 1;
-  CHECK(!clusters());
+  CHECK(plan().cluster == 0);
+}
+
+// Clusters are as large as all of them find room for at the same time.
+void check_cluster_sizes() {
+  const tq4::ClusterRoom room = h200_cluster_room();
+  const int wanted[][2] = {{1, 16}, {7, 16}, {8, 9},  {9, 9},  {10, 8}, {15, 8},
+                           {16, 6}, {17, 6}, {18, 5}, {23, 4}, {30, 4}, {31, 0}};
+  for (const auto& [clusters, size] : wanted) CHECK(room.largest_size(clusters) == size);
+  CHECK(tq4::ClusterRoom{}.largest_size(1) == 0);
 }
 
 void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int max_query_len,
@@ -159,7 +173,7 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   p.max_blocks = 1 << 16;  // room for long sequences: not by clusters
   const tq4::DecodePlan plan = tq4::make_decode_plan(p, arch == 90);
   CHECK(plan.cluster == 0);
-  check_clusters(p, arch == 90);
+  check_clusters(p);
   const int octets = tq4::decode_octets(plan.mode);
   CHECK(!plan.bulk || (arch == 90 && plan.copy.width == 16));
   if (!int8) {  // the exact mode: by INT8 terms exactly where pages can be bulk copied
@@ -426,6 +440,7 @@ int main() {
   check_decode_map<128>();
   check_decode_map<256>();
   check_plans();
+  check_cluster_sizes();
   check_stages();
   check_visible_tiles();
   check_schedules();
