@@ -5,9 +5,9 @@
 // CTAs has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles
 // in turn:
 //
-//   every warp       page ids -> copy of its first tile to a ring of its own
+//   the last warps   page ids -> copies of everybody's first tiles, to a ring for each warp
 //   meanwhile        warp r rotates and quantises query row r; the others write the tables
-//   tiles            as in decode_tile.cuh, nobody waits for anybody; two copies ahead
+//   tiles            as in decode_tile.cuh, nobody waits for anybody
 //   in the CTA       warp r sums row r over the warps' results, in shared memory
 //   in the cluster   and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE,
 //                    rotation, output
@@ -17,7 +17,7 @@
 // cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
 // 4 heads.  In a head-major page all four are contiguous.  Pages of other alignments go by
 // cp.async.  Boxes of short rows are slow all the same, 10 ns each, and the lane that asks for one
-// waits for its turn: hence no more copies than needed before the tables are written.
+// waits for its turn: hence warps that do nothing else at the start.
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
@@ -55,6 +55,9 @@ struct ClusterConfig {
   static constexpr bool kBoxes = kBoxes_;
   static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kClusterStages;
+  // Warps that copy the first tiles.
+  static constexpr int kCopiers = 4, kFirstCopies = kStages * kWarps / kCopiers;
+  static_assert(kFirstCopies <= kWarpSize, "a lane each for the page ids");
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
   using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
   static constexpr int kRows = Steps::kRows;
@@ -76,33 +79,53 @@ struct ClusterShared {
   ParameterLines lines[C::kWarps];
 };
 
-// The tiles of one warp on their way to shared memory: tile i of the warp is tile first + kWarps i
+// The tiles of a CTA on their way to shared memory: tile i of warp w is tile begin + kWarps i + w
 // of the sequence.
 template <class C>
 struct ClusterTiles {
   int head;
-  const int32_t* table;  // of the sequence
-  int first, count;
-  uint32_t ring, landed;  // shared addresses of the warp's ring and of its barriers
-  int pages;              // lane i: the page of tile i, of the 32 tiles being copied
+  const int32_t* table;    // of the sequence
+  int begin, end;          // the CTA's share
+  uint32_t rings, landed;  // shared addresses of the warps' rings and of their barriers
 
-  // Entries past the last tile are garbage.
-  __device__ __forceinline__ void find_pages(const DecodePlan& plan, int i) {
-    const int own = i + static_cast<int>(threadIdx.x % kWarpSize);
-    pages = own < count ? table[plan.block_divider.quotient(first + C::kWarps * own)] : 0;
+  // Tiles of warp `warp`.
+  __device__ __forceinline__ int count(int warp) const {
+    return (end - begin - warp + C::kWarps - 1) / C::kWarps;
   }
 
-  // Starts the copies of tile i, if there is one, into a stage that all lanes have read.
+  __device__ __forceinline__ int find_page(const DecodePlan& plan, int tile) const {
+    return table[plan.block_divider.quotient(tile)];
+  }
+
+  // The first tiles of all warps, as many as there are stages; by `copier` of the copying warps,
+  // who makes their barriers as well.
+  __device__ __forceinline__ void copy_first(const PageView& view, const PageMaps& maps,
+                                             const DecodePlan& plan, int copier) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const int own = copier + C::kCopiers * lane;  // the lane's tile of the share
+    const int page = begin + own < end ? find_page(plan, begin + own) : 0;
+    if (lane < C::kFirstCopies) {
+      const bool in_pieces = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces;
+      ptx::mbarrier_init(barrier(own % C::kWarps, own / C::kWarps), in_pieces ? kWarpSize : 1);
+      ptx::mbarrier_fence_init();
+    }
+    __syncwarp();  // the barriers are there
+#pragma unroll 1
+    for (int i = 0; i < C::kFirstCopies; ++i) {
+      const int at = copier + C::kCopiers * i;
+      if (begin + at >= end) break;
+      copy(view, maps, plan, at % C::kWarps, at / C::kWarps, __shfl_sync(kFullWarp, page, i));
+    }
+  }
+
+  // Starts the copies of tile i of warp `warp`, into a stage that all its lanes have read.
   __device__ __forceinline__ void copy(const PageView& view, const PageMaps& maps,
-                                       const DecodePlan& plan, int i) {
-    if (i >= count) return;
-    if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
-    const int tile = first + C::kWarps * i;
-    const int page = __shfl_sync(kFullWarp, pages, i % kWarpSize);
+                                       const DecodePlan& plan, int warp, int i, int page) const {
+    const int tile = begin + C::kWarps * i + warp;
     const int token =
         (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
         kTileTokens;
-    const uint32_t dst = stage(i), barrier = landed + 8 * (i % C::kStages);
+    const uint32_t dst = stage(warp, i), barrier = this->barrier(warp, i);
     if (!C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces) {
       copy_pieces(view, plan, page, token, dst);
       ptx::mbarrier_arrive_on_cp_async(barrier);
@@ -117,12 +140,16 @@ struct ClusterTiles {
     }
   }
 
-  __device__ __forceinline__ uint32_t stage(int i) const {
-    return ring + i % C::kStages * C::kTileBytes;
+  __device__ __forceinline__ uint32_t stage(int warp, int i) const {
+    return rings + (warp * C::kStages + i % C::kStages) * C::kTileBytes;
   }
 
-  __device__ __forceinline__ void wait(int i) const {
-    ptx::mbarrier_wait(landed + 8 * (i % C::kStages), i / C::kStages & 1);
+  __device__ __forceinline__ uint32_t barrier(int warp, int i) const {
+    return landed + 8 * (warp * C::kStages + i % C::kStages);
+  }
+
+  __device__ __forceinline__ void wait(int warp, int i) const {
+    ptx::mbarrier_wait(barrier(warp, i), i / C::kStages & 1);
   }
 
  private:
@@ -159,7 +186,7 @@ struct ClusterTiles {
     const auto copy_codes = [&](auto bytes) {
       constexpr int kBytes = decltype(bytes)::value;
       constexpr int kPieces = C::D / 2 / kBytes, kCount = kTileTokens * kPieces;
-#pragma unroll 1  // this function stands in the kernel three times
+#pragma unroll 1  // this function stands in the kernel twice
       for (int i = threadIdx.x % kWarpSize; i < 2 * kCount; i += kWarpSize) {
         const bool second = i >= kCount;  // V
         const int piece = second ? i - kCount : i;
@@ -258,6 +285,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int32_t* block_table = p.block_table + seq * p.block_table_stride;
   prefetch_table<C>(block_table, p.max_blocks, rank, size);
   const float centroid = p.v_centroids[lane % 16];
+  const auto key_entries = PlainKeyCodes::Tables::fetch(p);
 
   const int head = unit - seq * plan.heads_per_chunk;
   const DecodeBatch batch = decode_batch(p, plan);
@@ -278,34 +306,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     QueryRow<C::D>::load_signs(p.q_rotation, signs);
   }
 
-  // [2/5] Copy of the first tile.
+  // [2/5] Copies of the first tiles.
   const TileRange range = visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
   const TileRange share = cluster_share(range, rank, size);
-  ClusterTiles<C> tiles;
-  tiles.head = head;
-  tiles.table = block_table;
-  tiles.first = share.begin + warp;
-  tiles.count = (share.end - share.begin - warp + C::kWarps - 1) / C::kWarps;
-  tiles.ring = rings + warp * C::kStages * C::kTileBytes;
-  tiles.landed = ptx::smem_address(shared.landed[warp]);
-  tiles.find_pages(plan, 0);
-  if (lane == 0) {
-    const int arrivals = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces ? kWarpSize : 1;
-#pragma unroll
-    for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(tiles.landed + 8 * i, arrivals);
-    ptx::mbarrier_fence_init();
-  }
-  __syncwarp();  // the barriers are there
-  int copied = 0;
-  const auto copy_next = [&] { tiles.copy(p.cache, maps, plan, copied++); };
-  copy_next();
+  const ClusterTiles<C> tiles{head,      block_table, share.begin,
+                              share.end, rings,       ptx::smem_address(shared.landed)};
+  const int copier = warp - (C::kWarps - C::kCopiers);
+  if (copier >= 0) tiles.copy_first(p.cache, maps, plan, copier);
 
   // [3/5] Tables and queries.
-  // By the warps without a query row, of which there are at least 8.
-  const int writer = warp - num_rows;
-  const float value_unit =
-      write_pair_table(table, centroid, writer < 0 ? 256 : writer, C::kWarps - num_rows);
-  const float key_unit = shared.codes.write(p);
+  // By the warps without a query row and without copies, of which there are at least 4.
+  const int writer = copier < 0 ? warp - num_rows : -1;
+  const float value_unit = write_pair_table(table, centroid, writer < 0 ? 256 : writer,
+                                            C::kWarps - C::kCopiers - num_rows);
+  const float key_unit = shared.codes.write(key_entries);
   if (has_row) {
     row.unpack(p.dtype);
     if (p.q_rotation != nullptr) row.rotate(signs);
@@ -315,7 +329,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       shared.scale[warp] = score_scale<Steps>(unit * unit_scale(p, plan), key_unit);
     }
   }
-  copy_next();
   lines.keep(shared.lines);
   __syncthreads();  // tables and queries are there
 
@@ -343,16 +356,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const auto unmasked = UnmaskedTiles::make(p, segment);
   DecodeState<Steps> state;
   state.clear();
+  const int count = tiles.count(warp);
 #pragma unroll 1
-  for (int i = 0; i < tiles.count; ++i) {
-    copy_next();  // to the stage of tile i - 1
-    tiles.wait(i);
+  for (int i = 0; i < count; ++i) {
+    const int tile = tiles.begin + C::kWarps * i + warp;
+    // The one that takes its place, which is looked for meanwhile.
+    const int next = tile + C::kWarps * C::kStages;
+    const int page = next < tiles.end ? tiles.find_page(plan, next) : 0;
+    tiles.wait(warp, i);
     consume_tile<Steps>(
-        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
-        !unmasked.has(tiles.first + C::kWarps * i),
-        [&] { return hidden_columns<Steps>(p, plan, segment, 0, tiles.first + C::kWarps * i); },
+        plan, tiles.stage(warp, i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
+        !unmasked.has(tile), [&] { return hidden_columns<Steps>(p, plan, segment, 0, tile); },
         state);
     __syncwarp();  // all lanes have read the tile
+    if (next < tiles.end) tiles.copy(p.cache, maps, plan, warp, i + C::kStages, page);
   }
 
   // [4/5] The sums of the CTA.

@@ -81,15 +81,23 @@ struct PlainKeyCodes {
   struct Tables {
     SplitTable::Entries codes;
 
+    // The lane's codes, from memory: lane i mod 8 has i and i + 8.
+    struct Pair {
+      int first, second;
+    };
+    __device__ __forceinline__ static Pair fetch(const AttentionParams& p) {
+      const int entry = threadIdx.x % 8;
+      return {p.k_codes[entry], p.k_codes[entry + 8]};
+    }
+
     // Returns the unit: 1, or NaN where the codes do not fit in a split table, so that no score
     // comes out right by chance.
-    __device__ __forceinline__ float write(const AttentionParams& p) {
-      const int entry = threadIdx.x % 8;
-      const int first = p.k_codes[entry], second = p.k_codes[entry + 8];
-      if (threadIdx.x < 8) codes.put(entry, split_pair(first, second));
-      const bool fits = max(abs(first), abs(second)) <= kLargestSplit;
+    __device__ __forceinline__ float write(const Pair& own) {
+      if (threadIdx.x < 8) codes.put(threadIdx.x, split_pair(own.first, own.second));
+      const bool fits = max(abs(own.first), abs(own.second)) <= kLargestSplit;
       return __all_sync(kFullWarp, fits) ? 1.f : NAN;
     }
+    __device__ __forceinline__ float write(const AttentionParams& p) { return write(fetch(p)); }
   };
 
   SplitTable codes;
