@@ -5,8 +5,9 @@
 // CTAs has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles
 // in turn:
 //
-//   the last warps   page ids -> copies of everybody's first tiles, to a ring for each warp
-//   meanwhile        warp r rotates and quantises query row r; the others write the tables
+//   warp r           rotates and quantises query row r
+//   the next 4       write the tables
+//   the others       page ids -> copies of everybody's first tiles, to a ring for each warp
 //   tiles            as in decode_tile.cuh, nobody waits for anybody
 //   in the CTA       warp r sums row r over the warps' results, in shared memory
 //   in the cluster   and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE,
@@ -55,9 +56,7 @@ struct ClusterConfig {
   static constexpr bool kBoxes = kBoxes_;
   static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kClusterStages;
-  // Warps that copy the first tiles.
-  static constexpr int kCopiers = 4, kFirstCopies = kStages * kWarps / kCopiers;
-  static_assert(kFirstCopies <= kWarpSize, "a lane each for the page ids");
+  static constexpr int kTableWarps = 4;
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
   using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
   static constexpr int kRows = Steps::kRows;
@@ -69,6 +68,7 @@ template <class C>
 struct ClusterShared {
   PlainKeyCodes::Tables codes;
   float scale[C::kRows];                         // of the query rows
+  float value_unit;                              // of the pair table
   alignas(16) uint8_t query[2][C::kRows][C::D];  // codes, residuals
   float2 stats[C::kWarps][C::kRows];             // (m, l) of the warps' results
   uint64_t arrived;                              // of what the CTAs send
@@ -97,24 +97,28 @@ struct ClusterTiles {
     return table[plan.block_divider.quotient(tile)];
   }
 
-  // The first tiles of all warps, as many as there are stages; by `copier` of the copying warps,
-  // who makes their barriers as well.
-  __device__ __forceinline__ void copy_first(const PageView& view, const PageMaps& maps,
-                                             const DecodePlan& plan, int copier) const {
-    const int lane = threadIdx.x % kWarpSize;
-    const int own = copier + C::kCopiers * lane;  // the lane's tile of the share
+  // The first tiles of all warps, as many as there are stages, are dealt to `copiers` warps: tile
+  // copier, copier + copiers, ... of the share.  begin_first() makes their barriers and returns the
+  // page ids, each lane's its own.
+  __device__ __forceinline__ int begin_first(const DecodePlan& plan, int copier,
+                                             int copiers) const {
+    const int own = copier + copiers * static_cast<int>(threadIdx.x % kWarpSize);
     const int page = begin + own < end ? find_page(plan, begin + own) : 0;
-    if (lane < C::kFirstCopies) {
+    if (own < C::kStages * C::kWarps) {
       const bool in_pieces = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces;
       ptx::mbarrier_init(barrier(own % C::kWarps, own / C::kWarps), in_pieces ? kWarpSize : 1);
       ptx::mbarrier_fence_init();
     }
     __syncwarp();  // the barriers are there
+    return page;
+  }
+  __device__ __forceinline__ void copy_first(const PageView& view, const PageMaps& maps,
+                                             const DecodePlan& plan, int copier, int copiers,
+                                             int pages) const {
+    const int last = min(end - begin, C::kStages * C::kWarps);
 #pragma unroll 1
-    for (int i = 0; i < C::kFirstCopies; ++i) {
-      const int at = copier + C::kCopiers * i;
-      if (begin + at >= end) break;
-      copy(view, maps, plan, at % C::kWarps, at / C::kWarps, __shfl_sync(kFullWarp, page, i));
+    for (int at = copier, i = 0; at < last; at += copiers, ++i) {
+      copy(view, maps, plan, at % C::kWarps, at / C::kWarps, __shfl_sync(kFullWarp, pages, i));
     }
   }
 
@@ -238,6 +242,10 @@ __device__ __forceinline__ void send_sum(ClusterShared<C>& shared, const RowSum<
   }
 }
 
+// Named barriers.
+constexpr uint32_t kReadyBarrier = 1;   // of the warps with rows or tables, which wait for all
+constexpr uint32_t kCopierBarrier = 2;  // of the copying warps
+
 // A CTA's share of a sequence.
 __device__ __forceinline__ TileRange cluster_share(TileRange tiles, int rank, int size) {
   const int count = tiles.end - tiles.begin;
@@ -311,14 +319,21 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const TileRange share = cluster_share(range, rank, size);
   const ClusterTiles<C> tiles{head,      block_table, share.begin,
                               share.end, rings,       ptx::smem_address(shared.landed)};
-  const int copier = warp - (C::kWarps - C::kCopiers);
-  if (copier >= 0) tiles.copy_first(p.cache, maps, plan, copier);
+  LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
+  if constexpr (C::kBoxes) {
+#pragma unroll
+    for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
+  }
+  const auto unmasked = UnmaskedTiles::make(p, segment);
+  const int copiers = C::kWarps - C::kTableWarps - num_rows;
+  const int copier = warp - (C::kWarps - copiers);
+  if (copier >= 0) {
+    const int pages = tiles.begin_first(plan, copier, copiers);
+    ptx::named_barrier_arrive(kReadyBarrier, C::kThreads);
+    tiles.copy_first(p.cache, maps, plan, copier, copiers, pages);
+  }
 
   // [3/5] Tables and queries.
-  // By the warps without a query row and without copies, of which there are at least 4.
-  const int writer = copier < 0 ? warp - num_rows : -1;
-  const float value_unit = write_pair_table(table, centroid, writer < 0 ? 256 : writer,
-                                            C::kWarps - C::kCopiers - num_rows);
   const float key_unit = shared.codes.write(key_entries);
   if (has_row) {
     row.unpack(p.dtype);
@@ -329,8 +344,18 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       shared.scale[warp] = score_scale<Steps>(unit * unit_scale(p, plan), key_unit);
     }
   }
+  if (!has_row && copier < 0) {
+    const float unit = write_pair_table(table, centroid, warp - num_rows, C::kTableWarps);
+    if (warp == num_rows && lane == 0) shared.value_unit = unit;
+  }
   lines.keep(shared.lines);
-  __syncthreads();  // tables and queries are there
+  // Tables, queries and barriers are there.  Nobody waits for the copies to be under way.
+  if (copier >= 0) {
+    ptx::named_barrier_sync(kCopierBarrier, C::kThreads);
+  } else {
+    ptx::named_barrier_arrive(kCopierBarrier, C::kThreads);
+    ptx::named_barrier_sync(kReadyBarrier, C::kThreads);
+  }
 
   KeyCodes<Steps> key_codes{};
   key_codes.load(shared.codes);
@@ -347,13 +372,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       for (int i = 0; i < 4; ++i) rows.q[k][0][i] = pinned(a[0][i]);
     }
   }
-  LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
-  if constexpr (C::kBoxes) {
-#pragma unroll
-    for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
-  }
-
-  const auto unmasked = UnmaskedTiles::make(p, segment);
   DecodeState<Steps> state;
   state.clear();
   const int count = tiles.count(warp);
@@ -373,11 +391,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 
   // [4/5] The sums of the CTA.
-  __syncthreads();  // all warps are done with their rings
-  auto* results = reinterpret_cast<float*>(bytes + (rings - table));
-  write_partial<Steps>(shared.stats[warp], results + warp * C::kRows * C::kRowPitch, C::kRowPitch,
-                       0, num_rows, value_unit, state);
-  __syncthreads();                     // all results are there
   const int own = rank + size * warp;  // the row that this warp writes
   const bool writes = own < num_rows;
   CombineRow out{};
@@ -390,6 +403,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         static_cast<int64_t>(seq) * plan.seq_divider.divisor + query * p.num_q_heads + q_head);
     if (p.out_rotation != nullptr) Sum::load_signs(p.out_rotation, row0);
   }
+  __syncthreads();  // all warps are done with their rings
+  auto* results = reinterpret_cast<float*>(bytes + (rings - table));
+  write_partial<Steps>(shared.stats[warp], results + warp * C::kRows * C::kRowPitch, C::kRowPitch,
+                       0, num_rows, shared.value_unit, state);
+  __syncthreads();  // all results are there
   Sum sum;
   if (has_row) {
     sum.sum_terms(
