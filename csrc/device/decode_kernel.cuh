@@ -183,7 +183,7 @@ __device__ __forceinline__ void load_rows(const AttentionParams& p, const Decode
   for (int i = 0; i < kSources; ++i) {  // A rows g and g + 8
     const int octet = Config::kResidual ? 0 : i;
     const int row = min(unit.first_row + place.first_row + 8 * octet + g, last);
-    const int query = row / plan.group;
+    const int query = static_cast<int>(plan.group_divider.quotient(row));
     const int64_t index = static_cast<int64_t>(first_query + query) * p.num_q_heads +
                           kv_head * plan.group + (row - query * plan.group);
     if (i < Config::kOctets) rows.scale[i] = score_scale<Config>(scales[index], place.key_unit);

@@ -20,7 +20,7 @@ __device__ __forceinline__ uint32_t hidden_columns(const AttentionParams& p, con
   uint32_t hidden = 0;
 #pragma unroll
   for (int i = 0; i < Config::kOctets; ++i) {
-    const int query = (first_row + 8 * i + g) / plan.group;
+    const auto query = static_cast<int>(plan.group_divider.quotient(first_row + 8 * i + g));
     const int position = segment.num_keys - segment.num_queries + query;
     const int64_t end = static_cast<int64_t>(position) + window_or_max(p.window_right) + 1;
     const int first_key = position - window_or_max(p.window_left);
