@@ -56,6 +56,7 @@ struct ClusterConfig {
   static constexpr bool kBoxes = kBoxes_;
   static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kClusterStages;
+  static constexpr int kAhead = kStages - 1;  // tiles that are copied ahead of the one in work
   static constexpr int kTableWarps = 4;
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
   using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
@@ -88,22 +89,19 @@ struct ClusterTiles {
   int begin, end;          // the CTA's share
   uint32_t rings, landed;  // shared addresses of the warps' rings and of their barriers
 
-  // Tiles of warp `warp`.
-  __device__ __forceinline__ int count(int warp) const {
-    return (end - begin - warp + C::kWarps - 1) / C::kWarps;
-  }
-
+  // Of a tile past the last: 0.
   __device__ __forceinline__ int find_page(const DecodePlan& plan, int tile) const {
-    return table[plan.block_divider.quotient(tile)];
+    return tile < end ? table[plan.block_divider.quotient(tile)] : 0;
   }
 
-  // The first tiles of all warps, as many as there are stages, are dealt to `copiers` warps: tile
-  // copier, copier + copiers, ... of the share.  begin_first() makes their barriers and returns the
-  // page ids, each lane's its own.
+  // The first kAhead tiles of all warps are dealt to `copiers` warps: tile copier, copier +
+  // copiers,
+  // ... of the share.  begin_first() makes all barriers and returns the page ids, each lane's its
+  // own.
   __device__ __forceinline__ int begin_first(const DecodePlan& plan, int copier,
                                              int copiers) const {
     const int own = copier + copiers * static_cast<int>(threadIdx.x % kWarpSize);
-    const int page = begin + own < end ? find_page(plan, begin + own) : 0;
+    const int page = find_page(plan, begin + own);
     if (own < C::kStages * C::kWarps) {
       const bool in_pieces = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces;
       ptx::mbarrier_init(barrier(own % C::kWarps, own / C::kWarps), in_pieces ? kWarpSize : 1);
@@ -115,7 +113,7 @@ struct ClusterTiles {
   __device__ __forceinline__ void copy_first(const PageView& view, const PageMaps& maps,
                                              const DecodePlan& plan, int copier, int copiers,
                                              int pages) const {
-    const int last = min(end - begin, C::kStages * C::kWarps);
+    const int last = min(end - begin, C::kAhead * C::kWarps);
 #pragma unroll 1
     for (int at = copier, i = 0; at < last; at += copiers, ++i) {
       copy(view, maps, plan, at % C::kWarps, at / C::kWarps, __shfl_sync(kFullWarp, pages, i));
@@ -325,6 +323,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
   }
   const auto unmasked = UnmaskedTiles::make(p, segment);
+  const int first = tiles.begin + warp;  // the warp's own tiles
+  int page = tiles.find_page(plan, first + C::kAhead * C::kWarps);
   const int copiers = C::kWarps - C::kTableWarps - num_rows;
   const int copier = warp - (C::kWarps - copiers);
   if (copier >= 0) {
@@ -374,20 +374,18 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   DecodeState<Steps> state;
   state.clear();
-  const int count = tiles.count(warp);
+  int i = 0;
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const int tile = tiles.begin + C::kWarps * i + warp;
-    // The one that takes its place, which is looked for meanwhile.
-    const int next = tile + C::kWarps * C::kStages;
-    const int page = next < tiles.end ? tiles.find_page(plan, next) : 0;
+  for (int tile = first; tile < tiles.end; tile += C::kWarps, ++i) {
+    const int ahead = tile + C::kAhead * C::kWarps;  // to the stage of the tile before
+    if (ahead < tiles.end) tiles.copy(p.cache, maps, plan, warp, i + C::kAhead, page);
+    page = tiles.find_page(plan, ahead + C::kWarps);
     tiles.wait(warp, i);
     consume_tile<Steps>(
         plan, tiles.stage(warp, i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
         !unmasked.has(tile), [&] { return hidden_columns<Steps>(p, plan, segment, 0, tile); },
         state);
     __syncwarp();  // all lanes have read the tile
-    if (next < tiles.end) tiles.copy(p.cache, maps, plan, warp, i + C::kStages, page);
   }
 
   // [4/5] The sums of the CTA.

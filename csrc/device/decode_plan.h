@@ -76,7 +76,7 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
 // what alignment allows.
 enum class ClusterCopy : int32_t { kBoxes = 0, kRuns = 1, kPieces = 2 };
 constexpr int kSmallestCluster = 4, kLargestCluster = 16;  // CTAs
-constexpr int kClusterWarps = 16, kClusterStages = 4;
+constexpr int kClusterWarps = 16, kClusterStages = 3;
 // Beyond so many keys, a CTA and in all, what a cluster saves in latency is less than what the SMs
 // without one could read.
 constexpr int64_t kClusterKeysPerCta = 2048, kClusterMostKeys = 16384;
