@@ -6,8 +6,7 @@
 // in turn:
 //
 //   warp r           rotates and quantises query row r
-//   the next 4       write the tables
-//   the others       page ids -> copies of everybody's first tiles, to a ring for each warp
+//   the others       page ids -> copies of everybody's first tiles, to a ring for each warp; tables
 //   tiles            as in decode_tile.cuh, nobody waits for anybody
 //   in the CTA       warp r sums row r over the warps' results, in shared memory
 //   in the cluster   and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE,
@@ -18,7 +17,8 @@
 // cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
 // 4 heads.  In a head-major page all four are contiguous.  Pages of other alignments go by
 // cp.async.  Boxes of short rows are slow all the same, 10 ns each, and the lane that asks for one
-// waits for its turn: hence warps that do nothing else at the start.
+// waits for its turn: hence no more copies than needed before the tables are written, and none by
+// warps with a query row.
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
@@ -57,7 +57,6 @@ struct ClusterConfig {
   static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kClusterStages;
   static constexpr int kAhead = kStages - 1;  // tiles that are copied ahead of the one in work
-  static constexpr int kTableWarps = 4;
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
   using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
   static constexpr int kRows = Steps::kRows;
@@ -94,29 +93,22 @@ struct ClusterTiles {
     return tile < end ? table[plan.block_divider.quotient(tile)] : 0;
   }
 
-  // The first kAhead tiles of all warps are dealt to `copiers` warps: tile copier, copier +
-  // copiers,
-  // ... of the share.  begin_first() makes all barriers and returns the page ids, each lane's its
-  // own.
-  __device__ __forceinline__ int begin_first(const DecodePlan& plan, int copier,
+  // The first tiles of all warps are dealt to `copiers` warps, and all barriers to make.
+  __device__ __forceinline__ void copy_first(const PageView& view, const PageMaps& maps,
+                                             const DecodePlan& plan, int copier,
                                              int copiers) const {
     const int own = copier + copiers * static_cast<int>(threadIdx.x % kWarpSize);
-    const int page = find_page(plan, begin + own);
+    const int pages = find_page(plan, begin + own);
     if (own < C::kStages * C::kWarps) {
       const bool in_pieces = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces;
       ptx::mbarrier_init(barrier(own % C::kWarps, own / C::kWarps), in_pieces ? kWarpSize : 1);
       ptx::mbarrier_fence_init();
     }
     __syncwarp();  // the barriers are there
-    return page;
-  }
-  __device__ __forceinline__ void copy_first(const PageView& view, const PageMaps& maps,
-                                             const DecodePlan& plan, int copier, int copiers,
-                                             int pages) const {
-    const int last = min(end - begin, C::kAhead * C::kWarps);
+    const int last = min(end - begin, C::kWarps);
 #pragma unroll 1
-    for (int at = copier, i = 0; at < last; at += copiers, ++i) {
-      copy(view, maps, plan, at % C::kWarps, at / C::kWarps, __shfl_sync(kFullWarp, pages, i));
+    for (int warp = copier, i = 0; warp < last; warp += copiers, ++i) {
+      copy(view, maps, plan, warp, 0, __shfl_sync(kFullWarp, pages, i));
     }
   }
 
@@ -240,10 +232,6 @@ __device__ __forceinline__ void send_sum(ClusterShared<C>& shared, const RowSum<
   }
 }
 
-// Named barriers.
-constexpr uint32_t kReadyBarrier = 1;   // of the warps with rows or tables, which wait for all
-constexpr uint32_t kCopierBarrier = 2;  // of the copying warps
-
 // A CTA's share of a sequence.
 __device__ __forceinline__ TileRange cluster_share(TileRange tiles, int rank, int size) {
   const int count = tiles.end - tiles.begin;
@@ -324,14 +312,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   const auto unmasked = UnmaskedTiles::make(p, segment);
   const int first = tiles.begin + warp;  // the warp's own tiles
-  int page = tiles.find_page(plan, first + C::kAhead * C::kWarps);
-  const int copiers = C::kWarps - C::kTableWarps - num_rows;
-  const int copier = warp - (C::kWarps - copiers);
-  if (copier >= 0) {
-    const int pages = tiles.begin_first(plan, copier, copiers);
-    ptx::named_barrier_arrive(kReadyBarrier, C::kThreads);
-    tiles.copy_first(p.cache, maps, plan, copier, copiers, pages);
-  }
+  static_assert(kClusterKeysPerCta / kTileTokens < C::kWarps * kWarpSize, "a lane each");
+  const int pages = tiles.find_page(plan, first + C::kWarps * lane);
+  const int copiers = C::kWarps - num_rows;
+  if (!has_row) tiles.copy_first(p.cache, maps, plan, warp - num_rows, copiers);
 
   // [3/5] Tables and queries.
   const float key_unit = shared.codes.write(key_entries);
@@ -344,18 +328,21 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       shared.scale[warp] = score_scale<Steps>(unit * unit_scale(p, plan), key_unit);
     }
   }
-  if (!has_row && copier < 0) {
-    const float unit = write_pair_table(table, centroid, warp - num_rows, C::kTableWarps);
+  if (!has_row) {
+    const float unit = write_pair_table(table, centroid, warp - num_rows, copiers);
     if (warp == num_rows && lane == 0) shared.value_unit = unit;
   }
   lines.keep(shared.lines);
-  // Tables, queries and barriers are there.  Nobody waits for the copies to be under way.
-  if (copier >= 0) {
-    ptx::named_barrier_sync(kCopierBarrier, C::kThreads);
-  } else {
-    ptx::named_barrier_arrive(kCopierBarrier, C::kThreads);
-    ptx::named_barrier_sync(kReadyBarrier, C::kThreads);
-  }
+  __syncthreads();  // tables, queries and barriers are there
+  int copied = 1;
+  const auto copy_next = [&] {
+    if (first + C::kWarps * copied < tiles.end) {
+      tiles.copy(p.cache, maps, plan, warp, copied, __shfl_sync(kFullWarp, pages, copied));
+    }
+    ++copied;
+  };
+#pragma unroll
+  for (int i = 1; i < C::kAhead; ++i) copy_next();
 
   KeyCodes<Steps> key_codes{};
   key_codes.load(shared.codes);
@@ -377,9 +364,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   int i = 0;
 #pragma unroll 1
   for (int tile = first; tile < tiles.end; tile += C::kWarps, ++i) {
-    const int ahead = tile + C::kAhead * C::kWarps;  // to the stage of the tile before
-    if (ahead < tiles.end) tiles.copy(p.cache, maps, plan, warp, i + C::kAhead, page);
-    page = tiles.find_page(plan, ahead + C::kWarps);
+    copy_next();  // to the stage of the tile before
     tiles.wait(warp, i);
     consume_tile<Steps>(
         plan, tiles.stage(warp, i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
