@@ -5,9 +5,9 @@
 // CTAs has one (sequence, KV head), each CTA an equal share of its tiles, each warp the CTA's tiles
 // in turn:
 //
-//   warp r           rotates and quantises query row r
-//   the others       page ids -> copies of everybody's first tiles, to a ring for each warp; tables
-//   tiles            as in decode_tile.cuh, nobody waits for anybody
+//   every warp       page ids -> copy of its first tile to a ring of its own
+//   meanwhile        warp r rotates and quantises query row r; the others write the tables
+//   tiles            as in decode_tile.cuh, nobody waits for anybody; two copies ahead
 //   in the CTA       warp r sums row r over the warps' results, in shared memory
 //   in the cluster   and sends the sum to CTA r, which adds up those of all CTAs; sink, LSE,
 //                    rotation, output
@@ -17,8 +17,7 @@
 // cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
 // 4 heads.  In a head-major page all four are contiguous.  Pages of other alignments go by
 // cp.async.  Boxes of short rows are slow all the same, 10 ns each, and the lane that asks for one
-// waits for its turn: hence no more copies than needed before the tables are written, and none by
-// warps with a query row.
+// waits for its turn: hence no more copies than needed before the tables are written.
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
@@ -45,6 +44,7 @@
 #include "page_boxes.cuh"
 #include "parameter_lines.cuh"
 #include "tensor_map.h"
+#include "warp.cuh"
 
 namespace tq4 {
 
@@ -56,7 +56,6 @@ struct ClusterConfig {
   static constexpr bool kBoxes = kBoxes_;
   static constexpr int kWarps = kClusterWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kClusterStages;
-  static constexpr int kAhead = kStages - 1;  // tiles that are copied ahead of the one in work
   // Its steps: up to 8 rows with residuals, 16-byte aligned stages.
   using Steps = DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>;
   static constexpr int kRows = Steps::kRows;
@@ -79,47 +78,33 @@ struct ClusterShared {
   ParameterLines lines[C::kWarps];
 };
 
-// The tiles of a CTA on their way to shared memory: tile i of warp w is tile begin + kWarps i + w
+// The tiles of one warp on their way to shared memory: tile i of the warp is tile first + kWarps i
 // of the sequence.
 template <class C>
 struct ClusterTiles {
   int head;
-  const int32_t* table;    // of the sequence
-  int begin, end;          // the CTA's share
-  uint32_t rings, landed;  // shared addresses of the warps' rings and of their barriers
+  const int32_t* table;  // of the sequence
+  int first, count;
+  uint32_t ring, landed;  // shared addresses of the warp's ring and of its barriers
+  int pages;              // lane i: the page of tile i, of the 32 tiles being copied
 
-  // Of a tile past the last: 0.
-  __device__ __forceinline__ int find_page(const DecodePlan& plan, int tile) const {
-    return tile < end ? table[plan.block_divider.quotient(tile)] : 0;
+  // Entries past the last tile are garbage.
+  __device__ __forceinline__ void find_pages(const DecodePlan& plan, int i) {
+    const int own = i + static_cast<int>(threadIdx.x % kWarpSize);
+    pages = own < count ? table[plan.block_divider.quotient(first + C::kWarps * own)] : 0;
   }
 
-  // The first tiles of all warps are dealt to `copiers` warps, and all barriers to make.
-  __device__ __forceinline__ void copy_first(const PageView& view, const PageMaps& maps,
-                                             const DecodePlan& plan, int copier,
-                                             int copiers) const {
-    const int own = copier + copiers * static_cast<int>(threadIdx.x % kWarpSize);
-    const int pages = find_page(plan, begin + own);
-    if (own < C::kStages * C::kWarps) {
-      const bool in_pieces = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces;
-      ptx::mbarrier_init(barrier(own % C::kWarps, own / C::kWarps), in_pieces ? kWarpSize : 1);
-      ptx::mbarrier_fence_init();
-    }
-    __syncwarp();  // the barriers are there
-    const int last = min(end - begin, C::kWarps);
-#pragma unroll 1
-    for (int warp = copier, i = 0; warp < last; warp += copiers, ++i) {
-      copy(view, maps, plan, warp, 0, __shfl_sync(kFullWarp, pages, i));
-    }
-  }
-
-  // Starts the copies of tile i of warp `warp`, into a stage that all its lanes have read.
+  // Starts the copies of tile i, if there is one, into a stage that all lanes have read.
   __device__ __forceinline__ void copy(const PageView& view, const PageMaps& maps,
-                                       const DecodePlan& plan, int warp, int i, int page) const {
-    const int tile = begin + C::kWarps * i + warp;
+                                       const DecodePlan& plan, int i) {
+    if (i >= count) return;
+    if (i > 0 && i % kWarpSize == 0) find_pages(plan, i);
+    const int tile = first + C::kWarps * i;
+    const int page = __shfl_sync(kFullWarp, pages, i % kWarpSize);
     const int token =
         (tile - static_cast<int>(plan.block_divider.quotient(tile)) * plan.tiles_per_block) *
         kTileTokens;
-    const uint32_t dst = stage(warp, i), barrier = this->barrier(warp, i);
+    const uint32_t dst = stage(i), barrier = landed + 8 * (i % C::kStages);
     if (!C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces) {
       copy_pieces(view, plan, page, token, dst);
       ptx::mbarrier_arrive_on_cp_async(barrier);
@@ -134,16 +119,12 @@ struct ClusterTiles {
     }
   }
 
-  __device__ __forceinline__ uint32_t stage(int warp, int i) const {
-    return rings + (warp * C::kStages + i % C::kStages) * C::kTileBytes;
+  __device__ __forceinline__ uint32_t stage(int i) const {
+    return ring + i % C::kStages * C::kTileBytes;
   }
 
-  __device__ __forceinline__ uint32_t barrier(int warp, int i) const {
-    return landed + 8 * (warp * C::kStages + i % C::kStages);
-  }
-
-  __device__ __forceinline__ void wait(int warp, int i) const {
-    ptx::mbarrier_wait(barrier(warp, i), i / C::kStages & 1);
+  __device__ __forceinline__ void wait(int i) const {
+    ptx::mbarrier_wait(landed + 8 * (i % C::kStages), i / C::kStages & 1);
   }
 
  private:
@@ -180,7 +161,7 @@ struct ClusterTiles {
     const auto copy_codes = [&](auto bytes) {
       constexpr int kBytes = decltype(bytes)::value;
       constexpr int kPieces = C::D / 2 / kBytes, kCount = kTileTokens * kPieces;
-#pragma unroll 1  // this function stands in the kernel twice
+#pragma unroll 1  // this function stands in the kernel three times
       for (int i = threadIdx.x % kWarpSize; i < 2 * kCount; i += kWarpSize) {
         const bool second = i >= kCount;  // V
         const int piece = second ? i - kCount : i;
@@ -261,7 +242,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const uint32_t table = ptx::smem_address(bytes);
   const uint32_t rings =
       table + kDecodeTableBytes + round_up(static_cast<int>(sizeof(ClusterShared<C>)), 128);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = warp_index();
   const int rank = static_cast<int>(ptx::cluster_rank()), size = plan.cluster;
   const ParameterLines lines = ParameterLines::touch(p, plan);
   const uint32_t arrived = ptx::smem_address(&shared.arrived);
@@ -300,24 +282,33 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     QueryRow<C::D>::load_signs(p.q_rotation, signs);
   }
 
-  // [2/5] Copies of the first tiles.
+  // [2/5] Copy of the first tile.
   const TileRange range = visible_tiles(segment.num_keys, segment.num_queries, batch.window_left);
   const TileRange share = cluster_share(range, rank, size);
-  const ClusterTiles<C> tiles{head,      block_table, share.begin,
-                              share.end, rings,       ptx::smem_address(shared.landed)};
+  ClusterTiles<C> tiles;
+  tiles.head = head;
+  tiles.table = block_table;
+  tiles.first = share.begin + warp;
+  tiles.count = (share.end - share.begin - warp + C::kWarps - 1) / C::kWarps;
+  tiles.ring = rings + warp * C::kStages * C::kTileBytes;
+  tiles.landed = ptx::smem_address(shared.landed[warp]);
+  tiles.find_pages(plan, 0);
+  if (lane == 0) {
+    const int arrivals = !C::kBoxes && plan.cluster_copy == ClusterCopy::kPieces ? kWarpSize : 1;
+#pragma unroll
+    for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(tiles.landed + 8 * i, arrivals);
+    ptx::mbarrier_fence_init();
+  }
+  __syncwarp();  // the barriers are there
+  tiles.copy(p.cache, maps, plan, 0);
   LaneOffsets at = make_lane_offsets<Steps>(plan.copy.stage, plan.token_map, 0);
   if constexpr (C::kBoxes) {
 #pragma unroll
     for (uint32_t& norm : at.norm) norm += 4 * head - cluster_norm_box(head);
   }
   const auto unmasked = UnmaskedTiles::make(p, segment);
-  const int first = tiles.begin + warp;  // the warp's own tiles
-  static_assert(kClusterKeysPerCta / kTileTokens < C::kWarps * kWarpSize, "a lane each");
-  const int pages = tiles.find_page(plan, first + C::kWarps * lane);
-  const int copiers = C::kWarps - num_rows;
-  if (!has_row) tiles.copy_first(p.cache, maps, plan, warp - num_rows, copiers);
 
-  // [3/5] Tables and queries.
+  // [3/5] Tables, by the warps without a query row, of which there are at least 8, and queries.
   const float key_unit = shared.codes.write(key_entries);
   if (has_row) {
     row.unpack(p.dtype);
@@ -329,20 +320,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   if (!has_row) {
-    const float unit = write_pair_table(table, centroid, warp - num_rows, copiers);
+    const float unit = write_pair_table(table, centroid, warp - num_rows, C::kWarps - num_rows);
     if (warp == num_rows && lane == 0) shared.value_unit = unit;
   }
   lines.keep(shared.lines);
-  __syncthreads();  // tables, queries and barriers are there
-  int copied = 1;
-  const auto copy_next = [&] {
-    if (first + C::kWarps * copied < tiles.end) {
-      tiles.copy(p.cache, maps, plan, warp, copied, __shfl_sync(kFullWarp, pages, copied));
-    }
-    ++copied;
-  };
-#pragma unroll
-  for (int i = 1; i < C::kAhead; ++i) copy_next();
+  __syncthreads();  // tables and queries are there
 
   KeyCodes<Steps> key_codes{};
   key_codes.load(shared.codes);
@@ -361,14 +343,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   DecodeState<Steps> state;
   state.clear();
-  int i = 0;
+  int copied = 1;
 #pragma unroll 1
-  for (int tile = first; tile < tiles.end; tile += C::kWarps, ++i) {
-    copy_next();  // to the stage of the tile before
-    tiles.wait(warp, i);
+  for (int i = 0; i < tiles.count; ++i) {
+#pragma unroll 1  // two copies ahead, the second to the stage of tile i - 1
+    for (; copied < i + C::kStages; ++copied) tiles.copy(p.cache, maps, plan, copied);
+    tiles.wait(i);
     consume_tile<Steps>(
-        plan, tiles.stage(warp, i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
-        !unmasked.has(tile), [&] { return hidden_columns<Steps>(p, plan, segment, 0, tile); },
+        plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,
+        !unmasked.has(tiles.first + C::kWarps * i),
+        [&] { return hidden_columns<Steps>(p, plan, segment, 0, tiles.first + C::kWarps * i); },
         state);
     __syncwarp();  // all lanes have read the tile
   }

@@ -39,6 +39,7 @@
 #include "decode_output.cuh"
 #include "decode_plan.h"
 #include "parameter_lines.cuh"
+#include "warp.cuh"
 
 namespace tq4 {
 
@@ -72,7 +73,7 @@ struct CombineShared {
 // To the warp's place in shared memory.
 template <int D>
 __device__ __forceinline__ void put_sum(const RowSum<D>& sum, float* rows, CombineShared& shared) {
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   float* row = rows + warp * CombineConfig<D>::kRowPitch;
 #pragma unroll
   for (int e = 0; e < RowSum<D>::kDims; ++e) row[RowSum<D>::dim(e)] = sum.o[e];
@@ -150,7 +151,7 @@ __device__ __forceinline__ void write_rotated(const AttentionParams& p, const fl
        static_cast<uint64_t>(p.out_head_stride * 2)) %
           4 ==
       0;
-  for (int tile = threadIdx.x / kWarpSize; tile < D / 8; tile += kCombineWarps) {
+  for (int tile = warp_index(); tile < D / 8; tile += kCombineWarps) {
     float c[4];
     rotate_tile<D>(p, shared, tile, c);
 #pragma unroll
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   __shared__ CombineShared tile_rows;
   auto* shared = reinterpret_cast<float*>(ptx::dynamic_shared());
   float* rows = shared + Config::kRows;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int log_parts = 31 - __clz(kCombineRows / rows_per_block), parts = 1 << log_parts;
   const ParameterLines lines = ParameterLines::touch(p, plan);
   const int part = warp & (parts - 1);

@@ -47,6 +47,7 @@
 #include "parameter_lines.cuh"
 #include "pinned.cuh"
 #include "rotation_fragments.cuh"
+#include "warp.cuh"
 
 namespace tq4 {
 
@@ -275,7 +276,7 @@ __device__ __forceinline__ void consume_segment(const AttentionParams& p, const 
 
   DecodeRows<Config> rows;
   const uint32_t fragments = smem + decode_query_offset(Config::kMode) +
-                             threadIdx.x / kWarpSize * warp_query_bytes(Config::kMode, Config::D);
+                             warp_index() * warp_query_bytes(Config::kMode, Config::D);
   load_rows<Config>(p, plan, segment, place, fragments, rows);
   const auto unmasked = UnmaskedTiles::make(p, segment);
   const int last = tile_end - unmasked.begin;  // the loop counts from the first unmasked tile
@@ -346,7 +347,7 @@ __device__ __forceinline__ void write_unit_range(const AttentionParams& p, const
 template <typename Config>
 __device__ __forceinline__ void write_tables(const AttentionParams& p, const DecodePlan& plan,
                                              DecodeShared& shared, uint32_t smem) {
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int slot = warp % plan.slots;
   ConsumerPlace place{warp / plan.slots,
                       slot,
@@ -400,7 +401,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const DecodePl
 template <typename Pipeline>
 __device__ __forceinline__ void init_barriers(const DecodePlan& plan, DecodeShared& shared,
                                               int warps) {
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll 1
     for (int stage = warp; stage < plan.num_stages; stage += warps) {
@@ -432,7 +433,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   uint8_t* bytes = ptx::dynamic_shared();
   auto& shared = *reinterpret_cast<DecodeShared*>(bytes + decode_shared_offset(Config::kMode));
   const uint32_t smem = ptx::smem_address(bytes);
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int producers = Pipeline::kMostProducers == 1 ? 1 : plan.producers;
   const uint32_t starters = kConsumers + producers * kWarpSize;
   ptx::allow_dependent_launch();

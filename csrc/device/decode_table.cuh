@@ -24,6 +24,10 @@ namespace tq4 {
 constexpr uint32_t kPairRowBytes = 4 * kWarpSize;
 constexpr uint32_t kPairTableBytes = 256 * kPairRowBytes;
 
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
+}
+
 // Writes rows `first_row`, `first_row` + `row_step`, ... ; one warp, of whose lanes i and i + 16
 // hold centroid i.  Returns the unit: centroid = entry * unit.
 __device__ __forceinline__ float write_pair_table(uint32_t table, float centroid, int first_row,
@@ -34,17 +38,17 @@ __device__ __forceinline__ float write_pair_table(uint32_t table, float centroid
   for (int step = 8; step > 0; step /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
   }
-  int exponent = 0;
-  frexpf(largest, &exponent);
+  // By the bits of the exponent: frexpf and ldexpf would be most of this function's code.
+  int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 126;
   exponent = largest > 0.f && largest < INFINITY ? max(-100, min(100, exponent)) : 0;
-  const uint32_t half = ptx::pack_f16x2(ldexpf(centroid, -exponent), 0.f);
+  const uint32_t half = ptx::pack_f16x2(centroid * power_of_two(-exponent), 0.f);
 #pragma unroll 4
   for (int row = first_row; row < 256; row += row_step) {
     const uint32_t low = __shfl_sync(kFullWarp, half, row >> 4);
     const uint32_t high = __shfl_sync(kFullWarp, half, row & 15);
     ptx::st_shared_u32(table + row * kPairRowBytes + 4 * lane, low | high << 16);
   }
-  return ldexpf(1.f, exponent);
+  return power_of_two(exponent);
 }
 
 // half2 of byte kByte of `codes`.  lane_table: the table's address + 4 * lane.

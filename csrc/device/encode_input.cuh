@@ -57,10 +57,6 @@ __device__ __forceinline__ bool touch_line(const EncodeParams& p) {
   return reinterpret_cast<const uint32_t*>(&p)[threadIdx.x / kWarpSize % 4 * 16 + 1] == ~0u;
 }
 
-// A value that all lanes hold alike, told to the compiler: branches on it need no divergent copies
-// of the shuffles behind them.
-__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
-
 // Row of a tile whose addresses this lane works out: g for even t, g + 8 for odd t.  The other
 // lanes of the same g get them by shuffles, which is cheaper than every lane doing two rows.
 __device__ __forceinline__ int own_row() {

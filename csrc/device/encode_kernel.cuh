@@ -41,6 +41,7 @@
 #include "encode_quantise.cuh"
 #include "encode_rotate.cuh"
 #include "rotation_fragments.cuh"
+#include "warp.cuh"
 
 namespace tq4 {
 
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(C::kMaxWarps* kWarpSize, 1)
   __shared__ EncodeTables s_tables;
   if (touch_line(p)) return;
 
-  const int warp = warp_uniform(threadIdx.x / kWarpSize);
+  const int warp = warp_index();
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
   const int num_warps = blockDim.x / kWarpSize;
   const int two_sides = p.num_sides - 1;

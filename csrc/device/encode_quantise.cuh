@@ -7,6 +7,7 @@
 #include "cell_table.cuh"
 #include "encode_cells.cuh"
 #include "encode_input.cuh"
+#include "warp.cuh"
 
 namespace tq4 {
 

@@ -49,6 +49,7 @@
 #include "encode_params.h"
 #include "encode_quantise.cuh"
 #include "fragment_map.cuh"
+#include "warp.cuh"
 #include "wgmma_image.cuh"
 
 namespace tq4 {

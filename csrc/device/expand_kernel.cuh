@@ -33,6 +33,7 @@
 #include "expand_params.h"
 #include "fragment_map.cuh"
 #include "rotation_fragments.cuh"
+#include "warp.cuh"
 
 namespace tq4 {
 
@@ -216,8 +217,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& s_rotation = *reinterpret_cast<typename C::Rotation*>(ptx::dynamic_shared());
   __shared__ uint32_t s_scratch;
 
-  // By a shuffle: tells the compiler that a warp has one value.
-  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / kWarpSize), 0);
+  const int warp = warp_index();
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
   const ExpandSide& side = p.sides[blockIdx.x % p.num_sides];
   const int cta = blockIdx.x / p.num_sides, num_ctas = gridDim.x / p.num_sides;
