@@ -81,6 +81,9 @@ SHORT_CASES = [
     _SHORT.but(head_dim=64, kv_heads=1, group=7, page=32, seq_lens=(4000, 16, 1, 99), sinks=True),
     _SHORT.but(kv_heads=6, group=2, seq_lens=(900, 64), query_lens=(1, 1), row_padding=4, softcap=9.0),
     _SHORT.but(kv_heads=3, group=2, layout="head_major", page=48, query_lens=(4, 1, 1, 3), sinks=True),
+    _SHORT.but(kv_heads=8, seq_lens=(9000, 700), query_lens=(1, 2), dtype=BFLOAT16),  # 16 clusters of 6 CTAs
+    _SHORT.but(group=5, seq_lens=(7000, 1, 0, 90, 640), query_lens=(1,) * 5, softcap=9.0),  # 20 of 5
+    _SHORT.but(head_dim=64, kv_heads=8, group=3, seq_lens=(6000, 16, 333), query_lens=(1, 2, 1)),  # 24 of 4
 ]
 
 

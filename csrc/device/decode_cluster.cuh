@@ -111,7 +111,7 @@ struct ClusterTiles {
     } else if (threadIdx.x % kWarpSize == 0) {
       ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
       if constexpr (C::kBoxes) {
-        copy_page_boxes(view, maps, plan.copy.stage, head * view.code_head_stride,
+        copy_page_boxes(maps, plan.copy.stage, head * view.code_head_stride,
                         cluster_norm_box(head), page, token, dst, barrier);
       } else {
         copy_runs(view, plan.copy.stage, page, token, dst, barrier);
@@ -346,8 +346,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   int copied = 1;
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
-#pragma unroll 1  // two copies ahead, the second to the stage of tile i - 1
-    for (; copied < i + C::kStages; ++copied) tiles.copy(p.cache, maps, plan, copied);
+    // One tile ahead and then two, the second to the stage of tile i - 1: the first tile is not to
+    // wait for more copies to be asked for than the next one needs.
+#pragma unroll 1
+    for (; copied < min(i + C::kStages, 2 * i + 2); ++copied) {
+      tiles.copy(p.cache, maps, plan, copied);
+    }
     tiles.wait(i);
     consume_tile<Steps>(
         plan, tiles.stage(i), [] {}, table + 4 * lane, at, key_codes, rows, p.softcap,

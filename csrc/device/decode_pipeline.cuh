@@ -179,7 +179,7 @@ struct CpAsyncPipeline : DecodeRing {
 // sm_90: bulk copies, one a run and repetition, one lane each.  Where a tile is a single run, one
 // lane copies tile after tile; where stages are many and small as well (few KV heads), several
 // tiles are handled a step, a lane each.  Some heads of token-major pages are boxes of a tensor
-// map: 16 rows a copy, which takes the copy engine no longer than one of them does.
+// map: all rows of a tile, which take the copy engine no longer than one of them does.
 struct BulkPipeline : DecodeRing {
   using Maps = PageMaps;
   static constexpr int kMostProducers = 1;
@@ -260,9 +260,8 @@ struct BulkPipeline : DecodeRing {
       if (threadIdx.x % kWarpSize == 0) {
         ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
         const int heads = chunk * plan.heads_per_chunk;
-        copy_page_boxes(cache, maps, plan.copy.stage, heads * plan.copy.stage.code_head_stride,
-                        heads * 4, its_page, token, stages + ring.stage * plan.copy.stage_bytes,
-                        barrier);
+        copy_page_boxes(maps, plan.copy.stage, heads * plan.copy.stage.code_head_stride, heads * 4,
+                        its_page, token, stages + ring.stage * plan.copy.stage_bytes, barrier);
       }
       ring.advance(1, plan.num_stages);
     }

@@ -77,9 +77,12 @@ constexpr int decode_row_limit(int head_dim, bool int8) {
 enum class ClusterCopy : int32_t { kBoxes = 0, kRuns = 1, kPieces = 2 };
 constexpr int kSmallestCluster = 4, kLargestCluster = 16;  // CTAs
 constexpr int kClusterWarps = 16, kClusterStages = 3;
-// Beyond so many keys, a CTA and in all, what a cluster saves in latency is less than what the SMs
-// without one could read.
-constexpr int64_t kClusterKeysPerCta = 2048, kClusterMostKeys = 16384;
+// Beyond so many keys of a sequence, and of a CTA where clusters are small and many, what they save
+// in latency is less than what the three kernels gain by equal shares for all SMs.
+constexpr int64_t kClusterMostKeys = 16384, kClusterKeysPerCta = 1536;
+constexpr int64_t cluster_key_limit(int size) {
+  return size > 8 ? kClusterMostKeys : std::min(kClusterMostKeys, size * kClusterKeysPerCta);
+}
 
 // How many clusters of n CTAs, each of which fills an SM, run at the same time.  How many SMs a
 // cluster can be spread over differs from part to part: of 132, 7 x 16, 9 x 9, 15 x 8, 17 x 6.
@@ -98,7 +101,7 @@ struct ClusterRoom {
 // A stage, of one tile and KV head: K codes, V codes, K norms, V norms.  The copy engine takes
 // norms from rows in boxes of 16 bytes, those of 4 heads.
 constexpr int kNormBoxBytes = 16;
-constexpr int kBoxesOfTile = 4;
+constexpr int kBoxesOfTile = 2;
 constexpr int cluster_tile_bytes(int head_dim) {
   return kTileTokens * (head_dim + 2 * kNormBoxBytes);
 }
@@ -388,18 +391,19 @@ inline int tile_wavefronts(const StageView& stage, const TokenMap& map) {
 
 // Whether bulk copies of some KV heads' rows can be boxes of a tensor map.
 inline bool takes_boxes(const PageView& view) {
-  return is_token_major(view) && takes_bulk_fields(view);
+  return is_token_major(view) && takes_bulk_fields(view) && view.v_codes > view.k_codes &&
+         view.v_norms > view.k_norms;
 }
 
-// The boxes of one tile of a chunk of heads, all of them or a multiple of 4.  Where rows would all
-// begin on the same bank, boxes of codes are 64 bytes wider: with codes of the next heads, or
-// whatever follows.
+// The boxes of one tile of a chunk of heads, all of them or a multiple of 4: K's and V's fields one
+// behind the other.  Where rows would all begin on the same bank, boxes of codes are 64 bytes wider:
+// with codes of the next heads, or zeros.
 inline TileCopy make_box_copy(const PageView& view, int heads_per_chunk) {
   const int codes = heads_per_chunk * view.head_dim / 2;
   const int pitch = codes + (codes % 128 == 0 ? 64 : 0);
   const int norms = round_up(heads_per_chunk * 4, kNormBoxBytes);
   TileCopy copy{};
-  copy.num_runs = 4;
+  copy.num_runs = kBoxesOfTile;
   copy.reps = 1;
   copy.width = 16;
   StageView& stage = copy.stage;
@@ -568,9 +572,9 @@ inline int choose_cluster(const AttentionParams& p, const DecodePlan& plan,
   const bool possible = p.arch == 90 && p.path != Path::kPortable && p.int8 &&
                         (head_dim == 64 || head_dim == 128) && plan.max_rows <= 8 &&
                         plan.light_prepare && is_light(head_dim, p.out_rotation, p.out_signs);
-  if (!possible || most_keys > kClusterMostKeys) return 0;
+  if (!possible) return 0;
   const int size = room.largest_size(int64_t{p.num_seqs} * p.cache.num_kv_heads);
-  return most_keys <= size * kClusterKeysPerCta ? size : 0;
+  return most_keys <= cluster_key_limit(size) ? size : 0;
 }
 
 inline void plan_clusters(const AttentionParams& p, DecodePlan& plan) {

@@ -37,13 +37,6 @@ inline bool takes_bulk_fields(const PageView& view) {
   return view.num_blocks > 0 && bits % 16 == 0;
 }
 
-// Bytes of a token-major row up to the end of its last field.
-inline int end_of_fields(const PageView& view) {
-  const int codes = view.num_kv_heads * view.head_dim / 2, norms = view.num_kv_heads * 4;
-  return std::max(
-      {view.k_codes + codes, view.v_codes + codes, view.k_norms + norms, view.v_norms + norms});
-}
-
 // log2(block_size), or -1 when it is not a power of two.
 inline int block_shift(const PageView& view) {
   for (int shift = 0; shift < 31; ++shift) {

@@ -9,9 +9,9 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-// Token-major pages as arrays [num_blocks, block_size, row], in boxes of 16 rows: one map for codes
-// and one for norms, whose boxes have rows of other lengths.  A box begins at a multiple of 16
-// bytes of its row; the copy engine counts in elements, of which a box's row has up to 256.
+// The codes and the norms of token-major pages as arrays [num_blocks, K or V, block_size, bytes of
+// all heads], in boxes of 2 x 16 rows.  A box begins at a multiple of 16 bytes of its row; the copy
+// engine counts in elements, of which a box's row has up to 256.
 struct PageMaps {
   TensorMap codes, norms;
 };

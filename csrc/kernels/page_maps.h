@@ -35,22 +35,28 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
-// Boxes of 16 rows of `box_bytes`.  What lies behind the fields is not touched: of the last row it
-// may not be there.
-inline TensorMap make_page_map(const PageView& view, int box_bytes) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(end_of_fields(view) / kMapElementBytes),
-                              static_cast<cuuint64_t>(view.block_size),
+// Where K's field and V's begin in a row, and their bytes.
+struct FieldPair {
+  int k, v, bytes;
+};
+
+// Boxes of 16 rows of `box_bytes` of both fields.
+inline TensorMap make_page_map(const PageView& view, const FieldPair& fields, int box_bytes) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(fields.bytes / kMapElementBytes),
+                              static_cast<cuuint64_t>(view.block_size), 2,
                               static_cast<cuuint64_t>(view.num_blocks)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(view.code_token_stride),
+                                static_cast<cuuint64_t>(fields.v - fields.k),
                                 static_cast<cuuint64_t>(view.block_stride)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_bytes / kMapElementBytes), kTileTokens, 1};
-  const cuuint32_t steps[] = {1, 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_bytes / kMapElementBytes), kTileTokens, 2,
+                            1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
   static_assert(kMapElementBytes == 8, "the type below");
   CUtensorMap map;
-  const CUresult status =
-      tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 3, view.base, sizes, strides, box,
-                           steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                           CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = tensor_map_encoder()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 4, view.base + fields.k, sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status));
   }
@@ -62,8 +68,10 @@ inline TensorMap make_page_map(const PageView& view, int box_bytes) {
 
 // Boxes that fill stages as `stage` says.
 inline PageMaps make_page_maps(const PageView& view, const StageView& stage) {
-  return {make_page_map(view, stage.code_token_stride),
-          make_page_map(view, stage.norm_token_stride)};
+  const FieldPair codes{view.k_codes, view.v_codes, view.num_kv_heads * view.head_dim / 2};
+  const FieldPair norms{view.k_norms, view.v_norms, view.num_kv_heads * 4};
+  return {make_page_map(view, codes, stage.code_token_stride),
+          make_page_map(view, norms, stage.norm_token_stride)};
 }
 
 }  // namespace tq4::sm90

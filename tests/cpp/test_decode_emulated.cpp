@@ -65,15 +65,18 @@ constexpr int kCodes[16] = {-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 3
 constexpr float kCodeUnit = 2.733f / 104.f;
 
 tq4::PageMaps make_page_maps(const tq4::PageView& view, const tq4::StageView& stage) {
-  const auto map = [&](int box_bytes) {
+  const auto map = [&](int k, int v, int bytes, int box_bytes) {
     return tq4::ptx::emulated_tensor_map(
-        view.base,
-        {static_cast<uint64_t>(tq4::end_of_fields(view)), static_cast<uint64_t>(view.block_size),
+        view.base + k,
+        {static_cast<uint64_t>(bytes), static_cast<uint64_t>(view.block_size), 2,
          static_cast<uint64_t>(view.num_blocks)},
-        {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(view.block_stride)},
-        {static_cast<uint64_t>(box_bytes), tq4::kTileTokens});
+        {static_cast<uint64_t>(view.code_token_stride), static_cast<uint64_t>(v - k),
+         static_cast<uint64_t>(view.block_stride)},
+        {static_cast<uint64_t>(box_bytes), tq4::kTileTokens, 2});
   };
-  return {map(stage.code_token_stride), map(stage.norm_token_stride)};
+  return {map(view.k_codes, view.v_codes, view.num_kv_heads * view.head_dim / 2,
+              stage.code_token_stride),
+          map(view.k_norms, view.v_norms, view.num_kv_heads * 4, stage.norm_token_stride)};
 }
 
 template <int D>

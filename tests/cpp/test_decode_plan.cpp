@@ -61,7 +61,7 @@ void check_boxes(const tq4::PageView& view, const tq4::DecodePlan& plan) {
   for (const int field : {view.k_codes, view.v_codes, view.k_norms, view.v_norms}) {
     CHECK(field % 16 == 0);
   }
-  CHECK(tq4::end_of_fields(view) == tq4::token_bytes(view.num_kv_heads, view.head_dim));
+  CHECK(view.v_codes > view.k_codes && view.v_norms > view.k_norms);
 }
 
 // A page of random bytes, copied tile by tile as the plan says; every field must arrive.
@@ -124,8 +124,7 @@ void check_clusters(tq4::AttentionParams p) {
   p.num_seqs = 1;
   p.num_tokens = p.max_query_len;
   const int size = room.largest_size(p.cache.num_kv_heads);
-  const int64_t most_keys = std::min(tq4::kClusterMostKeys, size * tq4::kClusterKeysPerCta);
-  p.max_blocks = static_cast<int32_t>(most_keys) / p.cache.block_size;
+  p.max_blocks = static_cast<int32_t>(tq4::cluster_key_limit(size)) / p.cache.block_size;
   const bool fits = p.arch == 90 && p.int8 && (head_dim == 64 || head_dim == 128) &&
                     p.num_q_heads / p.cache.num_kv_heads * p.max_query_len <= 8 && size > 0;
   const int wanted = fits ? size : 0;
@@ -156,6 +155,10 @@ void check_cluster_sizes() {
   const int wanted[][2] = {{1, 16}, {7, 16}, {8, 9},  {9, 9},  {10, 8}, {15, 8},
                            {16, 6}, {17, 6}, {18, 5}, {23, 4}, {30, 4}, {31, 0}};
   for (const auto& [clusters, size] : wanted) CHECK(room.largest_size(clusters) == size);
+  for (int size = tq4::kSmallestCluster; size <= tq4::kLargestCluster; ++size) {
+    const int64_t most = tq4::cluster_key_limit(size);
+    CHECK(most >= tq4::cluster_key_limit(size - 1) && most <= tq4::kClusterMostKeys);
+  }
   CHECK(tq4::ClusterRoom{}.largest_size(1) == 0);
 }
 
