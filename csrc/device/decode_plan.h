@@ -229,6 +229,10 @@ inline bool is_wide(const StageView& stage, int head_dim) {
          stage.v_codes % value_align == 0;
 }
 
+// Whether there are kernels for rows of other alignments.  The smaller head dimensions need none:
+// rows as they lie in a page are always aligned enough.
+constexpr bool reads_unaligned(int head_dim) { return head_dim >= 128; }
+
 // Lowers a page view to runs of bytes.  With `merge`, neighbouring fields and rows become one run:
 // a page whose 16 tokens lie back to back is a single run, whatever the layout.  Without, each
 // field is placed on its own, aligned for vector loads.
@@ -525,7 +529,9 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     plan.boxes = may_box && plan.copy.num_pieces() > kBoxesOfTile;
     if (plan.boxes) plan.copy = make_box_copy(view, heads);
     if (bulk && plan.copy.width != 16) return false;
-    if (!bulk && !plan.wide) {
+    // cp.async can align what it copies, but rows of one head are not worth an instruction for every
+    // few bytes of them.
+    if (!bulk && !plan.wide && !(plan.copy.num_pieces() == 1 && reads_unaligned(view.head_dim))) {
       plan.copy = make_tile_copy(view, heads, false);
       plan.wide = true;
     }

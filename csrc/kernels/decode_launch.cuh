@@ -36,14 +36,12 @@ void launch_decode_int8_config(const AttentionParams& p, const DecodePlan& plan,
   launch_decode_config<D, DecodeMode::kInt8Rows8, kBulk, kWide>(p, plan, stream);
 }
 
-// For the bulk pipeline, which copies rows as they lie: calls launch(D, kWide) with types that hold
-// the head dimension and plan.wide.
+// Calls launch(D, kWide) with types that hold the head dimension and plan.wide.
 template <typename Launch>
-void dispatch_bulk(const AttentionParams& p, const DecodePlan& plan, Launch&& launch) {
+void dispatch_rows(const AttentionParams& p, const DecodePlan& plan, Launch&& launch) {
   dispatch_head_dim(p.cache.head_dim, [&](auto d) {
     if (plan.wide) return launch(d, std::true_type{});
-    // Rows of the smaller head dimensions, merged or not, are always aligned enough.
-    if constexpr (d >= 128) {
+    if constexpr (reads_unaligned(d)) {
       launch(d, std::false_type{});
     } else {
       throw std::logic_error("decode: no kernel for unaligned rows of this head dimension");

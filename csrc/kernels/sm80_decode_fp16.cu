@@ -5,8 +5,8 @@
 namespace tq4::sm80 {
 
 void launch_decode_fp16(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  dispatch_head_dim(p.cache.head_dim, [&](auto d) {
-    launch_decode_config<d, DecodeMode::kFp16Rows8, false, true>(p, plan, stream);
+  dispatch_rows(p, plan, [&](auto d, auto wide) {
+    launch_decode_config<d, DecodeMode::kFp16Rows8, false, wide>(p, plan, stream);
   });
 }
 

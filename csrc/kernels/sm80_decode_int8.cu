@@ -5,8 +5,9 @@
 namespace tq4::sm80 {
 
 void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  dispatch_head_dim(p.cache.head_dim,
-                    [&](auto d) { launch_decode_int8_config<d, false, true>(p, plan, stream); });
+  dispatch_rows(p, plan, [&](auto d, auto wide) {
+    launch_decode_int8_config<d, false, wide>(p, plan, stream);
+  });
 }
 
 }  // namespace tq4::sm80

@@ -5,7 +5,7 @@
 namespace tq4::sm90 {
 
 void launch_decode_int8(const AttentionParams& p, const DecodePlan& plan, Stream stream) {
-  dispatch_bulk(p, plan, [&](auto d, auto wide) {
+  dispatch_rows(p, plan, [&](auto d, auto wide) {
     launch_decode_int8_config<d, true, wide>(p, plan, stream);
   });
 }

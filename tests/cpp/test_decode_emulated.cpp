@@ -90,8 +90,10 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
     }
     emulation::launch(tq4::decode_kernel<Config>, plan.grid, Config::kThreads, p, plan, maps);
   };
-  if (plan.mode == DecodeMode::kFp16Rows8)
-    return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
+  if (plan.mode == DecodeMode::kFp16Rows8) {
+    if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
+    return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, false>{});
+  }
   if (plan.mode == DecodeMode::kInt8x2Rows8) {
     if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8x2Rows8, true, true>{});
     return go(tq4::DecodeConfig<D, DecodeMode::kInt8x2Rows8, true, false>{});
@@ -102,12 +104,18 @@ void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
       return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows32, true, false>{});
     }
     if (plan.mode == DecodeMode::kInt8Rows16) {
-      if (!plan.bulk) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, true>{});
+      if (!plan.bulk) {
+        if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, true>{});
+        return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, false>{});
+      }
       if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, true, true>{});
       return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, true, false>{});
     }
   }
-  if (!plan.bulk) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>{});
+  if (!plan.bulk) {
+    if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>{});
+    return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, false, false>{});
+  }
   if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, true, true>{});
   return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, true, false>{});
 }

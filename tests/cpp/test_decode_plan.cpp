@@ -184,7 +184,8 @@ void check_plan(const tq4::PageView& view, int64_t page_bytes, int group, int ma
   } else {
     CHECK(tq4::has_given_codes(plan.mode));
   }
-  CHECK(plan.bulk || plan.wide);
+  CHECK(plan.wide ||
+        (tq4::reads_unaligned(view.head_dim) && (plan.bulk || plan.copy.num_pieces() == 1)));
   CHECK(plan.group == group && plan.max_rows == group * max_query_len);
   CHECK(plan.heads_per_chunk * plan.num_chunks == view.num_kv_heads * plan.row_chunks);
   CHECK(plan.row_groups * 8 * octets >= plan.rows_per_chunk);
