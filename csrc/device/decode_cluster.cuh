@@ -13,11 +13,12 @@
 //                    rotation, output
 //
 // Copies are made by the copy engine.  Of a token-major page a head's codes are pieces of 64 bytes
-// (D = 128) in rows 1,088 bytes apart (8 heads): a box of a tensor map, as large as the tile, where
-// cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row, those of
-// 4 heads.  In a head-major page all four are contiguous.  Pages of other alignments go by
-// cp.async.  Boxes of short rows are slow all the same, 10 ns each, and the lane that asks for one
-// waits for its turn: hence no more copies than needed before the tables are written.
+// (D = 128) in rows 1,088 bytes apart (8 heads): a box of a tensor map, K's and V's of the tile,
+// where cp.async would take the L1 a tag for each piece.  Its norms are a box of 16 bytes a row,
+// those of 4 heads.  In a head-major page all four are contiguous.  Pages of other alignments go by
+// cp.async.  Boxes of short rows are slow all the same, 0.6 ns a row whatever its length, and the
+// lane that asks for one waits for its turn: hence no more copies than needed before the first tile
+// is in work.  Warps that do nothing else but ask are slower still (docs/tuning.md).
 //
 // All sums in a fixed order.  Up to 8 query rows a KV head; rotations are Hadamard signs or none.
 //
@@ -111,8 +112,8 @@ struct ClusterTiles {
     } else if (threadIdx.x % kWarpSize == 0) {
       ptx::mbarrier_arrive_expect_bytes(barrier, plan.copy.bytes);
       if constexpr (C::kBoxes) {
-        copy_page_boxes(maps, plan.copy.stage, head * view.code_head_stride,
-                        cluster_norm_box(head), page, token, dst, barrier);
+        copy_page_boxes(maps, plan.copy.stage, head * view.code_head_stride, cluster_norm_box(head),
+                        page, token, dst, barrier);
       } else {
         copy_runs(view, plan.copy.stage, page, token, dst, barrier);
       }
@@ -242,8 +243,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const uint32_t table = ptx::smem_address(bytes);
   const uint32_t rings =
       table + kDecodeTableBytes + round_up(static_cast<int>(sizeof(ClusterShared<C>)), 128);
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = warp_index();
+  const int lane = threadIdx.x % kWarpSize, warp = warp_index();
   const int rank = static_cast<int>(ptx::cluster_rank()), size = plan.cluster;
   const ParameterLines lines = ParameterLines::touch(p, plan);
   const uint32_t arrived = ptx::smem_address(&shared.arrived);
@@ -318,8 +318,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (lane == 0) {
       shared.scale[warp] = score_scale<Steps>(unit * unit_scale(p, plan), key_unit);
     }
-  }
-  if (!has_row) {
+  } else {
     const float unit = write_pair_table(table, centroid, warp - num_rows, C::kWarps - num_rows);
     if (warp == num_rows && lane == 0) shared.value_unit = unit;
   }

@@ -60,7 +60,8 @@ constexpr uint32_t kStartBarrier = 3;  // consumers -> producer: barriers (and p
 // scheduler with consumers, so its instructions a tile bound the rate at which tiles arrive; and at
 // the start nothing but the barriers' initialisation holds up the first copies.
 //
-// Where there are several, each walks the whole share for itself, and the first tells the consumers.
+// Where there are several, each walks the whole share for itself, and the first tells the
+// consumers.
 template <typename Pipeline>
 __device__ __forceinline__ void produce(const AttentionParams& p, const DecodePlan& plan,
                                         const typename Pipeline::Maps& maps, DecodeShared& shared,

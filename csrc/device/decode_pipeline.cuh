@@ -179,7 +179,8 @@ struct CpAsyncPipeline : DecodeRing {
 // sm_90: bulk copies, one a run and repetition, one lane each.  Where a tile is a single run, one
 // lane copies tile after tile; where stages are many and small as well (few KV heads), several
 // tiles are handled a step, a lane each.  Some heads of token-major pages are boxes of a tensor
-// map: all rows of a tile, which take the copy engine no longer than one of them does.
+// map: all rows of a tile, which take the copy engine less time than one of them as a copy of its
+// own would.
 struct BulkPipeline : DecodeRing {
   using Maps = PageMaps;
   static constexpr int kMostProducers = 1;

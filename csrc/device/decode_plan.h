@@ -118,8 +118,8 @@ constexpr int kDecodeMaxStages = 64;
 // enough to hide the latency, and at the start, when all SMs fill their stages at once, the first
 // look-ups of every CTA wait behind those copies: more bytes cost 1 to 6 % of a call.
 constexpr int kDecodeBytesAhead = 6 * 17408;
-constexpr int kFewestStages = 3;  // with fewer, rather fewer heads a CTA
-constexpr int kBatchStages = 20;  // with so many stages, tiles are handled in batches
+constexpr int kFewestStages = 3;     // with fewer, rather fewer heads a CTA
+constexpr int kBatchStages = 20;     // with so many stages, tiles are handled in batches
 constexpr int kDecodeProducers = 4;  // warps with cp.async: 12 in all have 168 registers a thread
 constexpr int kDecodeSharedBytes = 2 * 8 * kDecodeMaxStages + 4736;  // barriers and scratch
 // Accumulator quads a lane exchanges at once (decode_merge.cuh): two barriers each time.  Bulk
@@ -172,9 +172,9 @@ struct DecodePlan {
   int32_t row_groups;  // warps that share a (KV head, tile)
   // Units of a sequence: KV heads and their rows in chunks, rows the inner of the two.
   int32_t heads_per_chunk, rows_per_chunk, row_chunks, num_chunks;
-  int32_t slots;  // warps of a team: heads_per_chunk * row_groups
-  int32_t teams;  // teams take the tiles in turn
-  int32_t warps;  // consumer warps, slots * teams of them active
+  int32_t slots;      // warps of a team: heads_per_chunk * row_groups
+  int32_t teams;      // teams take the tiles in turn
+  int32_t warps;      // consumer warps, slots * teams of them active
   int32_t producers;  // producer warps, which take the tiles in turn
   int32_t num_stages;
   int32_t team_bytes, ring_bytes;  // of a stage of each team, of all stages
@@ -400,8 +400,8 @@ inline bool takes_boxes(const PageView& view) {
 }
 
 // The boxes of one tile of a chunk of heads, all of them or a multiple of 4: K's and V's fields one
-// behind the other.  Where rows would all begin on the same bank, boxes of codes are 64 bytes wider:
-// with codes of the next heads, or zeros.
+// behind the other.  Where rows would all begin on the same bank, boxes of codes are 64 bytes
+// wider: with codes of the next heads, or zeros.
 inline TileCopy make_box_copy(const PageView& view, int heads_per_chunk) {
   const int codes = heads_per_chunk * view.head_dim / 2;
   const int pitch = codes + (codes % 128 == 0 ? 64 : 0);
@@ -529,8 +529,8 @@ inline bool plan_tiles(const AttentionParams& p, bool bulk, DecodePlan& plan) {
     plan.boxes = may_box && plan.copy.num_pieces() > kBoxesOfTile;
     if (plan.boxes) plan.copy = make_box_copy(view, heads);
     if (bulk && plan.copy.width != 16) return false;
-    // cp.async can align what it copies, but rows of one head are not worth an instruction for every
-    // few bytes of them.
+    // cp.async can align what it copies, but rows of one head are not worth an instruction for
+    // every few bytes of them.
     if (!bulk && !plan.wide && !(plan.copy.num_pieces() == 1 && reads_unaligned(view.head_dim))) {
       plan.copy = make_tile_copy(view, heads, false);
       plan.wide = true;

@@ -25,9 +25,8 @@ namespace tq4 {
 constexpr int kShortRows = 16;
 
 // The same where all sequences of a call have so few, as when drafts are verified: nothing is
-// planned for more rows than there are.  With 64 x 8K and 64/8 heads decode takes 0.38 ms for 32
-// rows and 0.75 for 64, prefill 1.35 (docs/tuning.md).  Of the bulk pipeline; the portable one's
-// warps take no more than 16 rows.
+// planned for more rows than there are.  With 64 x 8K and 64/8 heads decode takes 0.28 ms for 32
+// rows and 0.54 for 64, prefill 1.36; portable 0.42 and 1.35 (docs/tuning.md).
 constexpr int kFewRows = 64;
 
 // Most query tokens with which a sequence is decode's; 0: none is.
@@ -43,7 +42,9 @@ inline int short_query_len(const AttentionParams& p) {
 // Most query tokens with which a call is decode's, if no sequence has more.
 inline int few_query_len(const AttentionParams& p) {
   const int most = short_query_len(p);
-  if (most == 0 || p.arch != 90 || p.path == Path::kPortable) return most;
+  const bool portable = p.arch != 90 || p.path == Path::kPortable;
+  // Portable fp16 keys, and D = 256, are no faster in decode.
+  if (most == 0 || (portable && (!p.int8 || p.cache.head_dim == 256))) return most;
   const int group = p.num_q_heads / p.cache.num_kv_heads;
   return std::max(most, std::min(kFewRows, decode_row_limit(p.cache.head_dim, p.int8)) / group);
 }
