@@ -257,8 +257,9 @@ def prefill(
 
     Sequences of few query tokens (up to 16 query rows sharing keys, and always a single token) take the
     kernels of :func:`decode` within the same call, so that decoding sequences beside a chunk of a prompt are
-    as fast as in a decode; so do up to 64 rows where ``max_query_len`` says that no sequence has more, as when
-    drafts are verified (other devices than Hopper: INT8 and D up to 128 only).  ``TQ4_PREFILL_SHORT=prefill`` keeps all in the prefill kernels.
+    as fast as in a decode.  So do up to 64 rows where ``max_query_len`` says that no sequence has more, as
+    when drafts are verified (on other devices than Hopper: INT8 and D up to 128 only).
+    ``TQ4_PREFILL_SHORT=prefill`` keeps all in the prefill kernels.
 
     Args:
         q: ``[T, Hq, D]`` fp16 or bf16, strided.  Rows past ``query_start_loc[B]`` are padding.
