@@ -2,7 +2,7 @@
 
 #include <cstdio>
 
-// Sizes a cache and a decode step, which needs no GPU.
+// Sizes a cache and a decode step, which needs no GPU where it is for another than Hopper.
 int main() {
   constexpr int kHeads = 8, kHeadDim = 128, kBlockSize = 16, kBlocks = 64;
   const int64_t row = tq4::token_bytes(kHeads, kHeadDim);
@@ -12,8 +12,8 @@ int main() {
   p.num_seqs = p.num_tokens = 4;
   p.max_query_len = 1;
   p.int8 = true;
-  p.num_sms = 132;
-  p.arch = 90;
+  p.num_sms = 108;
+  p.arch = 80;
   const int64_t workspace = tq4::decode_workspace_bytes(p);
   std::printf("%lld bytes of cache, %lld of workspace\n",
               static_cast<long long>(kBlocks * kBlockSize * row), static_cast<long long>(workspace));
