@@ -220,7 +220,7 @@ def test_decode_kernels_are_complete(instructions):
         assert total["IMMA"] == DECODE_IMMAS[mode] * 2 * head_dim // 32, who  # two n8 tiles of keys
         assert total["HMMA"] > 0, who
         assert (total["UBLKCP"] > 0) == bulk and (total["LDGSTS"] > 0) == (not bulk), who
-        assert bulk or counts[CONSTANT_COPY] >= 7, who  # an unrolled step of a span: one producer warp
+        assert bulk or counts[CONSTANT_COPY] >= 7, who  # an unrolled step of a span: the producers' work
         # 16 warps need registers of the producer's, and so do 8 of 32 rows.
         assert (total["USETMAXREG"] > 0) == (bulk and mode in "034" and head_dim <= 128), who
     plain, sm90a = _built_archs()

@@ -4,7 +4,9 @@
 
 inline tq4::ClusterRoom h200_cluster_room() {
   tq4::ClusterRoom room{};
-  const int counts[] = {30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7};  // of 4 CTAs, 5, ...
-  for (int i = 0; i < 13; ++i) room.clusters[tq4::kSmallestCluster + i] = counts[i];
+  int size = tq4::kSmallestCluster;
+  for (const int count : {30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7}) {
+    room.clusters[size++] = count;
+  }
   return room;
 }

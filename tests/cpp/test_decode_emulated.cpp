@@ -79,45 +79,40 @@ tq4::PageMaps make_page_maps(const tq4::PageView& view, const tq4::StageView& st
           map(view.k_norms, view.v_norms, view.num_kv_heads * 4, stage.norm_token_stride)};
 }
 
-template <int D>
-void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
-  using tq4::DecodeMode;
+template <int D, tq4::DecodeMode kMode, bool kBulk>
+void run_mode(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
   const auto go = [&](auto config) {
     using Config = decltype(config);
     typename tq4::DecodePipeline<Config>::Maps maps{};
-    if constexpr (Config::kBulk) {
+    if constexpr (kBulk) {
       if (plan.boxes) maps = make_page_maps(p.cache, plan.copy.stage);
     }
     emulation::launch(tq4::decode_kernel<Config>, plan.grid, Config::kThreads, p, plan, maps);
   };
+  if (plan.wide) return go(tq4::DecodeConfig<D, kMode, kBulk, true>{});
+  go(tq4::DecodeConfig<D, kMode, kBulk, false>{});
+}
+
+template <int D>
+void run_main(const tq4::AttentionParams& p, const tq4::DecodePlan& plan) {
+  using tq4::DecodeMode;
   if (plan.mode == DecodeMode::kFp16Rows8) {
-    if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, true>{});
-    return go(tq4::DecodeConfig<D, DecodeMode::kFp16Rows8, false, false>{});
+    return run_mode<D, DecodeMode::kFp16Rows8, false>(p, plan);
   }
   if (plan.mode == DecodeMode::kInt8x2Rows8) {
-    if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8x2Rows8, true, true>{});
-    return go(tq4::DecodeConfig<D, DecodeMode::kInt8x2Rows8, true, false>{});
+    return run_mode<D, DecodeMode::kInt8x2Rows8, true>(p, plan);
   }
   if constexpr (D != 256) {
     if (plan.mode == DecodeMode::kInt8Rows32) {
-      if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows32, true, true>{});
-      return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows32, true, false>{});
+      return run_mode<D, DecodeMode::kInt8Rows32, true>(p, plan);
     }
     if (plan.mode == DecodeMode::kInt8Rows16) {
-      if (!plan.bulk) {
-        if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, true>{});
-        return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, false, false>{});
-      }
-      if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, true, true>{});
-      return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows16, true, false>{});
+      if (plan.bulk) return run_mode<D, DecodeMode::kInt8Rows16, true>(p, plan);
+      return run_mode<D, DecodeMode::kInt8Rows16, false>(p, plan);
     }
   }
-  if (!plan.bulk) {
-    if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, false, true>{});
-    return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, false, false>{});
-  }
-  if (plan.wide) return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, true, true>{});
-  return go(tq4::DecodeConfig<D, DecodeMode::kInt8Rows8, true, false>{});
+  if (plan.bulk) return run_mode<D, DecodeMode::kInt8Rows8, true>(p, plan);
+  run_mode<D, DecodeMode::kInt8Rows8, false>(p, plan);
 }
 
 template <int D>
@@ -682,8 +677,7 @@ int main(int argc, char** argv) {
     const std::string suffix = " D " + std::to_string(head_dim);
     const auto cluster = [&](const char* name, auto&& change) {
       test((name + suffix).c_str(), [&](Case& c) {
-        c.head_dim = head_dim, c.cluster = true, c.num_sms = 132, c.rotate = true,
-        c.num_kv_heads = 4;
+        c.head_dim = head_dim, c.cluster = true, c.rotate = true, c.num_kv_heads = 4;
         c.rotation = Case::kSigns;
         change(c);
       });
